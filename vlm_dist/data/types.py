@@ -1,0 +1,148 @@
+"""The nouns of the data room: what travels from the plan to the loss.
+
+    plan -> SampleRef (or None: null slot) -> | worker | RawSample -> Example -> MicroBatch -> trainer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+
+#: Why a slot of the plan carries no loss. Counted per step in the agreement of all ranks.
+NULL_CLASSES = (
+    "tail",  # the last step of an epoch has fewer samples than slots
+    "decode",  # an image or a video cannot be decoded
+    "bad_sample",  # a member or column is missing, not UTF-8, not JSON, or otherwise not what it should be
+    "too_long",  # does not fit max_length even in its smallest form
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Names one slot's sample; a few integers, so that plans are cheap to send to workers."""
+
+    source: int  # position in data.train (or data.eval)
+    index: int  # row in the source's index
+    repeat: int = 0  # which pass over the source within the epoch (sources with repeat > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOrigin:
+    """Where a sample came from, in words; named by every error and by the quarantine file."""
+
+    source: str
+    shard: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.shard}:{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """Undecoded columns of one sample."""
+
+    fields: Mapping[str, Any]  # column -> bytes (media), str, number, path, or a list of them
+    origin: SampleOrigin
+
+
+class Source(Protocol):
+    """A data set with random access by row; picklable, opens its files lazily (also after a fork or spawn)."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names usable as values of `dataset_columns`."""
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hex digest that changes when any shard's name, size or index does."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """Number of samples per shard, in shard order; rows are numbered through the shards."""
+
+    def predicted_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Predicted number of tokens (text and visual) per row: int64 [len(rows)]."""
+
+    def origin(self, index: int) -> SampleOrigin: ...
+
+    def read(self, index: int) -> RawSample:
+        """Read one sample's bytes.
+
+        Raises:
+            SkipSample: this sample is damaged.
+            DataError: the storage fails (missing file, I/O error): not the sample's fault.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One optimizer step: the micro-batches of all ranks, independent of how many ranks there are today."""
+
+    step: int
+    epoch: float  # epochs consumed when this step is done
+    micro_batches: tuple[tuple[SampleRef | None, ...], ...]
+
+    def for_rank(self, rank: int, world_size: int) -> list[MicroBatchJob]:
+        """This rank's share, the same number of micro-batches on every rank (the last may be empty)."""
+        count = -(-len(self.micro_batches) // world_size)
+        indices = [m * world_size + rank for m in range(count)]
+        return [
+            MicroBatchJob(self.step, i, self.micro_batches[i] if i < len(self.micro_batches) else ())
+            for i in indices
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchJob:
+    """What a worker is asked to materialise."""
+
+    step: int
+    micro_batch: int  # index within the step over all ranks: seeds dropout, so that it does not depend on the rank
+    refs: tuple[SampleRef | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NullSlot:
+    """A slot that was emptied by the materialiser, and why."""
+
+    origin: SampleOrigin | None
+    null_class: str
+    message: str
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """One forward pass. B rows (samples and dummies), T tokens.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, without labels: `input_ids [B, T]`, `attention_mask [B, T]`,
+            visual tensors as the family has them.
+        labels: [B, T] int64; `IGNORE_INDEX` marks tokens without loss. Column 0 is always `IGNORE_INDEX`, so that
+            the number of targets is the same before and after the shift by one.
+        num_target_tokens: labels that are not `IGNORE_INDEX`.
+        num_tokens: real tokens of the samples, without padding and without dummies.
+        num_computed_tokens: B x T.
+    """
+
+    job: MicroBatchJob
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    num_samples: int
+    num_target_tokens: int
+    num_tokens: int
+    num_computed_tokens: int
+    null_slots: list[NullSlot] = field(default_factory=list)
+    origins: list[SampleOrigin] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)  # the answers, for evaluation by generation; else empty
