@@ -1,0 +1,55 @@
+# Needs Python 3.11, pip, a C++ compiler and make; everything else goes into .venv.
+#
+#   make demo              train a tiny Qwen2-VL on digits with two processes, stop, resume, and print the proof
+#   make demo DEMO=short   the same with fewer steps;   make demo ZERO=3   the same under ZeRO-3
+#   make test              all tests but the opt-in ones
+#   make check             format, lint, types, import contracts
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO   ?= full
+ZERO   ?= 2
+PYTEST_ARGS ?=
+
+# two processes share the cores: one thread each, unless the caller knows better
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with the exact versions of constraints.txt
+
+# DeepSpeed comes as a source distribution whose setup.py imports torch, so torch must be there before it and its build
+# must see this environment. Our package comes last: its `deepspeed` command replaces DeepSpeed's own (and adds -m).
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy ninja
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## the main job on the embedded data set, and its proof (DEMO=short, ZERO=3)
+	$(BIN)/python -m vlm_dist.demo --zero $(ZERO) $(if $(filter short,$(DEMO)),--short)
+
+test: $(STAMP)  ## all tests but the opt-in ones (PYTEST_ARGS=...)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: $(STAMP)  ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## format and sort imports in place
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,101 @@
+"""The `deepspeed` command of this project: DeepSpeed's own runner, which also takes `-m` for `--module`.
+
+    deepspeed --num_gpus 8 -m vlm_dist.train --config configs/demo.yaml
+
+`python -m`, `torchrun -m` and `accelerate launch -m` all spell it that way; DeepSpeed's parser knows `--module` only.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+#: Options of DeepSpeed's runner that take a value as the next argument (deepspeed.launcher.runner.parse_args).
+#: Needed to find the user's script, after which nothing may be touched; a test compares them with the installed runner.
+OPTIONS_WITH_VALUE = frozenset(
+    {
+        "-H",
+        "--hostfile",
+        "-i",
+        "--include",
+        "-e",
+        "--exclude",
+        "--num_nodes",
+        "--num_gpus",
+        "--num_accelerators",
+        "--master_port",
+        "--master_addr",
+        "--node_rank",
+        "--launcher",
+        "--launcher_args",
+        "--enable_each_rank_log",
+        "--autotuning",
+        "--bind_core_list",
+        "--ssh_port",
+        "--venv_script",
+        "--log_level",
+    }
+)
+
+
+def rewrite_module_option(arguments: Sequence[str]) -> list[str]:
+    """Turn `-m` into `--module` where it is an option of the runner.
+
+    Args:
+        arguments: of the command, without its name.
+
+    Returns:
+        The arguments for DeepSpeed's runner; everything from the user's script on is as it was.
+    """
+    rewritten: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if argument == "-m":
+            rewritten.append("--module")
+        elif argument.startswith("-m") and not argument.startswith("--"):
+            # `-mvlm_dist.train`, as Python's own -m allows
+            return [*rewritten, "--module", argument[2:], *arguments[position + 1 :]]
+        elif _takes_value(argument):
+            rewritten += arguments[position : position + 2]
+            position += 1
+        elif argument.startswith("-") and argument != "--":
+            rewritten.append(argument)
+        else:
+            return [*rewritten, *arguments[position:]]
+        position += 1
+    return rewritten
+
+
+def _takes_value(argument: str) -> bool:
+    # the runner's parser accepts beginnings of long options, too
+    is_beginning = argument.startswith("--") and len(argument) > 2
+    return argument in OPTIONS_WITH_VALUE or (is_beginning and any(o.startswith(argument) for o in OPTIONS_WITH_VALUE))
+
+
+class _RecordedPopen(subprocess.Popen[Any]):
+    """Remembers what the runner starts, as the runner itself reports a child that a signal killed as a success."""
+
+    started: ClassVar[list[subprocess.Popen[Any]]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.started.append(self)
+
+
+def main() -> None:
+    """Entry point of the console script; exits with the code of the first rank that failed."""
+    arguments = rewrite_module_option(sys.argv[1:])
+    from deepspeed.launcher import runner  # seconds: only when something is launched
+
+    subprocess.Popen = _RecordedPopen  # type: ignore[misc]
+    runner.main(arguments)
+    killed = [-process.returncode for process in _RecordedPopen.started if (process.returncode or 0) < 0]
+    if killed:
+        sys.exit(128 + killed[0])  # the shell's way to say "ended by this signal"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Existing tars are indexed once, and damaged or ambiguous ones are refused with a reason."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_dist.data.facts import FACTS_DTYPE, estimate_num_tokens, media_kind, probe_image, probe_video
+from vlm_dist.data.index import INDEX_SUFFIX, read_index, sidecar_paths, write_index
+from vlm_dist.data.tar_scan import load_or_scan, scan_tar
+from vlm_dist.errors import DataError
+
+
+def write_tar(path, members, tar_format=tarfile.PAX_FORMAT):
+    with tarfile.open(path, "w", format=tar_format) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+PAIR = [("a.txt", b"one"), ("a.json", b'{"q": "x"}'), ("b.txt", b"two"), ("b.json", b'{"q": "y"}')]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@settings(deadline=None)
+@given(
+    samples=st.lists(
+        st.lists(st.binary(max_size=1500), min_size=1, max_size=3), min_size=1, max_size=5
+    )
+)
+def test_offsets_lead_to_the_data(tmp_path_factory, tar_format, samples):
+    path = tmp_path_factory.mktemp("t") / "s.tar"
+    members = [(f"dir/k{i}.m{j}", data) for i, sample in enumerate(samples) for j, data in enumerate(sample)]
+    index = scan_tar(write_tar(path, members, tar_format))
+    content = path.read_bytes()
+    for i, sample in enumerate(samples):
+        spans = index.members_of(i)
+        assert index.key(i) == f"dir/k{i}"
+        assert [content[o : o + n] for o, n in (spans[f"m{j}"] for j in range(len(sample)))] == sample
+
+
+def test_an_index_survives_writing_and_reading(tmp_path):
+    index = scan_tar(write_tar(tmp_path / "s.tar", PAIR))
+    write_index(index, tmp_path / "x.arrow")
+    again = read_index(tmp_path / "x.arrow")
+    assert again.digest == index.digest
+    assert again.members_of(1) == index.members_of(1)
+    assert np.array_equal(again.facts, index.facts)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_a_tar_without_index_gets_one_beside_it(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", PAIR)
+    assert len(load_or_scan(shard)) == 2
+    assert (tmp_path / ("s.tar" + INDEX_SUFFIX)).exists()
+
+
+def test_an_index_goes_to_index_dir_where_the_data_is_read_only(tmp_path, monkeypatch):
+    shard = write_tar(tmp_path / "s.tar", PAIR)
+    beside, kept = sidecar_paths(shard, tmp_path / "index")
+    beside.mkdir()  # nothing can be written there, even by root
+    first = load_or_scan(shard, tmp_path / "index")
+    assert kept.exists()
+    monkeypatch.setattr("vlm_dist.data.tar_scan.scan_tar", None)  # would fail if it were indexed again
+    assert load_or_scan(shard, tmp_path / "index").digest == first.digest
+
+
+def test_a_replaced_shard_is_indexed_again(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", PAIR)
+    load_or_scan(shard)
+    write_tar(shard, PAIR + [(f"c{i}.{name}", b"{}") for i in range(20) for name in ("txt", "json")])
+    assert len(load_or_scan(shard)) == 22
+
+
+def test_a_damaged_sidecar_is_made_again(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", PAIR)
+    load_or_scan(shard)
+    sidecar = tmp_path / ("s.tar" + INDEX_SUFFIX)
+    good = sidecar.read_bytes()
+    sidecar.write_bytes(good[: len(good) // 2])
+    assert len(load_or_scan(shard)) == 2
+    assert sidecar.read_bytes() == good
+
+
+def test_every_cut_of_a_tar_is_noticed(tmp_path):
+    whole = write_tar(tmp_path / "s.tar", PAIR).read_bytes()
+    end = 4 * 1024  # four members of a header and a block each
+    for cut in [*range(1, end, 256), end, end + 100]:
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"cut\.tar.*truncated"):
+            scan_tar(tmp_path / "cut.tar")
+
+
+def test_damage_between_members_is_not_taken_for_the_end(tmp_path):
+    data = bytearray(write_tar(tmp_path / "s.tar", PAIR).read_bytes())
+    data[1024:1124] = b"\xff" * 100
+    (tmp_path / "s.tar").write_bytes(data)
+    with pytest.raises(DataError, match="damaged header at byte 1024"):
+        scan_tar(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("img_1.5x.jpg", b""), ("img_1.5x.json", b"{}"), ("img_1.7x.jpg", b"")], "must not contain a dot"),
+        ([("a.v1.jpg", b""), ("a.v1.json", b"{}")], "must not contain a dot"),
+        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.txt", b"3")], "'a' occurs twice"),
+        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.json", b"{}"), ("b.json", b"{}")], "'a' occurs twice"),
+        ([("a.txt", b"1"), ("a.TXT", b"2")], "two 'txt' members"),
+        ([*PAIR, ("c.txt", b"alone")], "'c' has no json member"),
+        ([("LICENSE", b"text")], "no samples"),
+        ([], "no samples"),
+    ],
+)
+def test_ambiguous_tars_are_refused(tmp_path, members, message):
+    with pytest.raises(DataError, match=message):
+        scan_tar(write_tar(tmp_path / "s.tar", members))
+
+
+def test_several_images_of_a_key_are_members_of_their_own(tmp_path):
+    members = [("a.left.jpg", b"1"), ("a.right.jpg", b"22"), ("a.json", b"{}")]
+    assert set(scan_tar(write_tar(tmp_path / "s.tar", members)).members_of(0)) == {"left.jpg", "right.jpg", "json"}
+
+
+def test_a_compressed_tar_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    with pytest.raises(DataError, match="decompress"):
+        scan_tar(tmp_path / "s.tar")
+
+
+def test_unreadable_media_are_indexed_all_the_same(tmp_path):
+    """The sample becomes a null slot when it is decoded; the shard is sound."""
+    index = scan_tar(write_tar(tmp_path / "s.tar", [("a.jpg", b"no image"), ("a.mp4", b"no video"), ("a.json", b"{")]))
+    assert index.facts["num_images"][0] == 1
+    assert index.facts["image_pixels"][0] == 0
+    assert estimate_num_tokens(index.facts)[0] > 200
+
+
+def test_headers_of_damaged_media_are_unknown():
+    assert probe_image(b"\xff\xd8\xff\xe0 nonsense") is None
+    assert probe_video(b"\0\0\0\x20ftypisom nonsense") is None
+
+
+@given(st.integers(10, 10**6), st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 50))
+def test_longer_samples_are_predicted_longer(text, width, height, more):
+    facts = np.zeros(3, dtype=FACTS_DTYPE)
+    facts["text_bytes"] = [text, text + 4 * more, text]
+    facts["num_images"] = 1
+    facts["image_pixels"] = [width * height, width * height, (width + 28 * more) * (height + 28 * more)]
+    short, wordy, large = estimate_num_tokens(facts).tolist()
+    assert short < wordy
+    assert short <= large
+
+
+def test_media_are_told_by_their_ending():
+    assert media_kind("https://host/a.JPG?size=3") == "image"
+    assert media_kind("clips/7.webm") == "video"
+    assert media_kind("a sentence. With a dot") is None

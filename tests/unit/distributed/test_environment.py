@@ -1,0 +1,99 @@
+import subprocess
+import sys
+
+import pytest
+
+from vlm_dist.distributed.environment import Topology, resolve_topology
+from vlm_dist.errors import DistributedError
+
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "15001"}
+DEEPSPEED = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2",
+    **MASTER,
+}  # fmt: skip
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", **MASTER,
+}  # fmt: skip
+BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "7",
+}
+SRUN = BATCH_SCRIPT | {
+    "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3", **MASTER,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Topology(0, 1, 0, 1, "python")),
+        ({"HOME": "/root", "RANK": ""}, Topology(0, 1, 0, 1, "python")),
+        (DEEPSPEED, Topology(3, 4, 1, 2, "deepspeed")),
+        (TORCHRUN, Topology(3, 4, 1, 2, "torchrun")),
+        (SRUN, Topology(5, 7, 1, 3, "slurm")),
+        (SRUN | {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1"}, Topology(5, 7, 1, 3, "slurm")),
+    ],
+    ids=["nothing set", "empty is not set", "deepspeed", "torchrun", "srun", "srun with RANK exported per task"],
+)
+def test_every_launcher_is_understood(environ, expected):
+    assert resolve_topology(environ) == expected
+
+
+def test_torchrun_started_by_srun_has_the_ranks_of_torchrun():
+    one_agent_per_node = SRUN | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    assert resolve_topology(one_agent_per_node | TORCHRUN) == Topology(3, 4, 1, 2, "torchrun")
+
+
+def test_a_plain_python_in_a_batch_script_or_an_salloc_shell_is_one_process():
+    assert resolve_topology(BATCH_SCRIPT).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "expected"), [("8(x4)", "3", 8), ("4(x2),3", "2", 3), ("1,2(x2)", "0", 1)]
+)
+def test_slurm_writes_equal_nodes_in_short(tasks_per_node, node, expected):
+    environ = SRUN | {"SLURM_STEP_TASKS_PER_NODE": tasks_per_node, "SLURM_NODEID": node, "SLURM_NTASKS": "32"}
+    environ["SLURM_LOCALID"] = "0"
+    assert resolve_topology(environ).local_world_size == expected
+
+
+def test_one_node_by_hand_needs_no_local_world_size():
+    by_hand = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert resolve_topology(by_hand) == Topology(1, 2, 1, 2, "environment")
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"RANK": "0"}, ["WORLD_SIZE", "LOCAL_RANK", "RANK=0"]),
+        ({"WORLD_SIZE": "2", "RANK": "1", **MASTER}, ["LOCAL_RANK"]),
+        ({"LOCAL_RANK": "1"}, ["RANK", "WORLD_SIZE"]),
+        ({k: v for k, v in DEEPSPEED.items() if k != "MASTER_PORT"}, ["MASTER_PORT"]),
+        ({k: v for k, v in SRUN.items() if k != "MASTER_ADDR"}, ["MASTER_ADDR"]),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, ["SLURM_LOCALID"]),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_TASKS_PER_NODE"}, ["SLURM_STEP_TASKS_PER_NODE"]),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "four"}, ["SLURM_STEP_TASKS_PER_NODE", "'four'"]),
+        (SRUN | {"SLURM_NODEID": "2"}, ["SLURM_NODEID=2"]),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "7", "LOCAL_RANK": "0"}, ["RANK=0", "SLURM_PROCID=5"]),
+        (TORCHRUN | {"RANK": "4"}, ["RANK is 4", "WORLD_SIZE is 4"]),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, ["LOCAL_RANK is 2", "LOCAL_WORLD_SIZE is 2"]),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, ["LOCAL_WORLD_SIZE 8", "WORLD_SIZE 4"]),
+        (TORCHRUN | {"RANK": "first"}, ["RANK", "'first'"]),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["LOCAL_WORLD_SIZE", "MASTER_ADDR=node1"]),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE=4", "RANK"]),
+    ],
+)
+def test_an_uncertain_environment_is_refused_and_the_variables_are_named(environ, named):
+    with pytest.raises(DistributedError) as error:
+        resolve_topology(environ)
+    for name in named:
+        assert name in str(error.value)
+
+
+def test_the_resolver_runs_on_a_login_node_without_torch():
+    code = "import sys, vlm_dist.distributed.environment; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

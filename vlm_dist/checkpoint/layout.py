@@ -1,0 +1,129 @@
+"""What a checkpoint looks like on disk, and whether one can be trusted.
+
+output_dir/
+    checkpoint-<step>/
+        adapter_config.json, adapter_model.safetensors   PEFT's format, in the training dtype
+        trained_weights.safetensors                      only if weights outside the adapter were trained
+        training_state.safetensors                       float32 masters and moments by parameter name
+        training_state.json                              everything else, and the hash of every other file
+        resolved_config.yaml
+        COMPLETE                                         the hash of training_state.json, written last
+    adapter/                                             the final adapter
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vlm_dist.engine import NamedState, TrainableState
+from vlm_dist.errors import CheckpointError
+
+FORMAT = 1
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+TRAINING_TENSORS = "training_state.safetensors"
+TRAINING_STATE = "training_state.json"
+RESOLVED_CONFIG = "resolved_config.yaml"
+COMPLETE = "COMPLETE"
+FINAL_ADAPTER = "adapter"
+
+#: Parts of a parameter's state, as prefixes of the keys in TRAINING_TENSORS.
+PARTS = ("master", "exp_avg", "exp_avg_sq")
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of a checkpoint."""
+    return f"checkpoint-{step}"
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Step and path of all checkpoint directories, complete or not, newest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        path: its directory.
+        step: steps that were done when it was written (the position in the plan).
+        info: the content of training_state.json: `plan`, `global_batch_size`, `optimizer`, `scheduler`, `versions`,
+            and what else the run wrote into it.
+    """
+
+    path: Path
+    step: int
+    info: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Verify a checkpoint, every file's hash included.
+
+        Raises:
+            CheckpointError: it is missing, incomplete or damaged; says which file and how.
+        """
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        if not (path / COMPLETE).is_file():
+            raise CheckpointError(f"{path}: incomplete: there is no {COMPLETE} file, so it was not written to its end")
+        try:
+            wanted = (path / COMPLETE).read_text(encoding="ascii").strip()
+            if sha256_of(path / TRAINING_STATE) != wanted:
+                raise CheckpointError(f"{path}: damaged: {TRAINING_STATE} is not what {COMPLETE} says")
+            info = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
+            if info["format"] != FORMAT:
+                raise CheckpointError(f"{path}: format {info['format']}, this version reads format {FORMAT}")
+            for name, facts in info["files"].items():
+                size = (path / name).stat().st_size
+                if size != facts["bytes"]:
+                    raise CheckpointError(f"{path}: damaged: {name} has {size} bytes instead of {facts['bytes']}")
+            for name, facts in info["files"].items():
+                if sha256_of(path / name) != facts["sha256"]:
+                    raise CheckpointError(f"{path}: damaged: the content of {name} does not match its hash")
+            return cls(path, int(info["step"]), info)
+        except OSError as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged: {TRAINING_STATE} cannot be read ({error!r})") from error
+
+    def read_trainable(self) -> TrainableState:
+        """Masters, moments and the optimizer's step.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not hold what training_state.json promises.
+        """
+        try:
+            tensors = load_file(self.path / TRAINING_TENSORS)
+            prefix = f"{PARTS[0]}/"
+            names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+            parameters = {name: NamedState(*(tensors[f"{part}/{name}"] for part in PARTS)) for name in names}
+            optimizer = self.info["optimizer"]
+            return TrainableState(
+                step=int(optimizer["step"]),
+                parameters=parameters,
+                hyperparameters=optimizer["hyperparameters"],
+                loss_scaler=optimizer["loss_scaler"],
+            )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: {TRAINING_TENSORS} cannot be read: {error!r}") from error

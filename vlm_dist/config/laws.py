@@ -1,0 +1,267 @@
+"""Laws between keys: each value is fine alone, but not beside another; and what is legal but worth a line.
+
+A law reads a draft of the whole configuration and yields findings. A finding names every path that it depends on,
+so that it is not reported where one of them is broken already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vlm_dist.config.data import DataConfig, DataSource
+from vlm_dist.config.explain import nearest
+from vlm_dist.config.peft import PeftConfig
+from vlm_dist.config.train import TrainConfig
+from vlm_dist.config.vlm_collator import MEDIA_COLUMNS, DatasetColumns, VlmCollatorConfig
+from vlm_dist.config.vlm_model import VlmModelConfig
+from vlm_dist.config.yaml_document import KeyPath
+from vlm_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The five sections; a section with errors has defaults in the place of what is wrong."""
+
+    model_id: str | None
+    model: VlmModelConfig
+    collator: VlmCollatorConfig
+    train: TrainConfig
+    peft: PeftConfig
+    data: DataConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a law found.
+
+    Attributes:
+        path: the value that is to be changed.
+        message: what is wrong with it.
+        also: other values that the law read.
+        is_notice: legal, only worth a line.
+    """
+
+    path: KeyPath
+    message: str
+    also: tuple[KeyPath, ...] = field(default=())
+    is_notice: bool = False
+
+
+def findings(draft: Draft) -> Iterator[Finding]:
+    """All findings of all laws."""
+    yield from _known_model(draft)
+    yield from _precision(draft)
+    yield from _placement(draft)
+    yield from _variables(draft.collator)
+    yield from _messages(draft.collator)
+    yield from _media(draft.collator)
+    yield from _processing(draft.collator, draft.train)
+    yield from _training(draft.train, draft.data)
+    yield from _towers(draft.peft)
+    yield from _sources(draft.data)
+
+
+def _known_model(draft: Draft) -> Iterator[Finding]:
+    if draft.model_id is None:
+        return
+    try:
+        draft.model.entry(draft.model_id)
+    except ConfigError as error:
+        yield Finding(("model_id",), str(error), also=(("model", "model_classes"),))
+
+
+def _precision(draft: Draft) -> Iterator[Finding]:
+    bf16, fp16 = ("train", "bf16"), ("train", "fp16")
+    dtype_path: KeyPath = ("model", "loading_params", "torch_dtype")
+    if draft.train.bf16 and draft.train.fp16:
+        yield Finding(fp16, "got true beside bf16: true, expected at most one of them", also=(bf16,))
+        return
+    dtype = draft.model.loading_params.dtype_name
+    try:
+        own = draft.model.loading_for(draft.model_id) if draft.model_id else None
+    except ConfigError:  # the unknown model is a finding of its own
+        own = None
+    if own is not None and own.dtype_name != dtype:
+        dtype, dtype_path = own.dtype_name, ("model", "model_classes", str(draft.model_id))
+    precision = draft.train.precision
+    if dtype == precision:
+        return
+    if dtype == "float32":
+        message = f"the model is loaded in float32, then cast: training computes in {precision}"
+        yield Finding(dtype_path, message, also=(bf16, fp16), is_notice=True)
+        return
+    switches = f"train.bf16: {_yaml(draft.train.bf16)}, train.fp16: {_yaml(draft.train.fp16)}"
+    fix = {"bfloat16": "train.bf16: true", "float16": "train.bf16: false and train.fp16: true"}[dtype]
+    message = f"got {dtype}, expected torch.{precision} beside {switches}; or set {fix}"
+    yield Finding(dtype_path, message, also=(bf16, fp16))
+
+
+def _placement(draft: Draft) -> Iterator[Finding]:
+    device_map = draft.model.loading_params.device_map
+    if device_map is not None:
+        message = f"{device_map} has no effect: under DeepSpeed the engine places the model, one rank per device"
+        yield Finding(("model", "loading_params", "device_map"), message, is_notice=True)
+
+
+def _variables(collator: VlmCollatorConfig) -> Iterator[Finding]:
+    columns = collator.dataset_columns
+    columns_path: KeyPath = ("collator", "dataset_columns")
+    messages_path: KeyPath = ("collator", "message_format", "training_messages")
+    prompt_path: KeyPath = ("collator", "message_format", "system_prompt")
+    known = [*columns.model_dump(), "system_prompt"]
+    used = set()
+    for message, part, name in collator.message_format.variables():
+        used.add(name)
+        path = (*messages_path, message, "content", part, "text")
+        if name not in known:
+            close = nearest(name, known)
+            hint = f"; did you mean {{{close}}}?" if close else ""
+            text = f"got the unknown variable {{{name}}}, expected one of {', '.join(known)}{hint}"
+            yield Finding(path, text, also=(columns_path,))
+        elif name in MEDIA_COLUMNS:
+            text = f"got {{{name}}}, which is no text; expected a part {{type: {MEDIA_COLUMNS[name]}}} in its place"
+            yield Finding(path, text)
+        elif name == "system_prompt" and collator.message_format.system_prompt is None:
+            yield Finding(path, "uses {system_prompt}, but system_prompt is null", also=(prompt_path,))
+        elif name != "system_prompt" and columns.mapping.get(name) is None:
+            text = f"uses {{{name}}}, but dataset_columns.{name} is null; name its column, or remove the variable"
+            yield Finding(path, text, also=((*columns_path, name),))
+    for name in columns.__pydantic_extra__ or {}:
+        if name in used:
+            continue
+        close = nearest(name, list(DatasetColumns.model_fields), cutoff=0.8)
+        if close is not None and close not in (columns.model_fields_set):
+            text = f"got an unknown key that message_format does not use; did you mean {close}?"
+            yield Finding((*columns_path, name), text, also=(messages_path,))
+        else:
+            text = "a variable of your own that message_format does not use"
+            yield Finding((*columns_path, name), text, also=(messages_path,), is_notice=True)
+
+
+def _messages(collator: VlmCollatorConfig) -> Iterator[Finding]:
+    messages = collator.message_format.training_messages
+    base: KeyPath = ("collator", "message_format", "training_messages")
+    for m, message in enumerate(messages):
+        for p, part in enumerate(message.content):
+            path = (*base, m, "content", p)
+            if part.type == "text" and part.text is None:
+                yield Finding(path, "a part of type text needs its text: {type: text, text: …}")
+            elif part.type != "text" and part.text is not None:
+                yield Finding((*path, "text"), f"got a text in a part of type {part.type}; expected a part of its own")
+    if all(message.role != "assistant" for message in messages):
+        yield Finding(base, "got no message of role assistant, expected at least one: it is what the model learns")
+
+
+def _media(collator: VlmCollatorConfig) -> Iterator[Finding]:
+    """What is switched on needs a column and a place in the messages.
+
+    Where only one kind is on, it takes the placeholders of the other kind if it has none of its own and is the video:
+    the default messages have an image placeholder, and switching to videos must not need more than the switch.
+    """
+    data, form = collator.data_processing, collator.message_format
+    base: KeyPath = ("collator", "data_processing")
+    messages: KeyPath = ("collator", "message_format", "training_messages")
+    image, video = form.has_placeholder("image"), form.has_placeholder("video")
+    for switch, column, is_on in (
+        ("image_data", "image_column", data.image_data),
+        ("video_data", "video_column", data.video_data),
+    ):
+        column_path: KeyPath = ("collator", "dataset_columns", column)
+        if is_on and column not in collator.dataset_columns.mapping:
+            text = f"got null beside data_processing.{switch}: true, expected the name of a column"
+            yield Finding(column_path, text, also=((*base, switch),))
+    enabled: KeyPath = ("collator", "video_processing", "enabled")
+    if data.video_data and not collator.video_processing.enabled:
+        text = "got false beside data_processing.video_data: true; set both to the same"
+        yield Finding(enabled, text, also=((*base, "video_data"),))
+    switches = ((*base, "image_data"), (*base, "video_data"))
+    if data.image_data and data.video_data:
+        text = "both image_data and video_data are on: where the model's family takes one kind, videos have priority"
+        yield Finding((*base, "video_data"), text, also=switches, is_notice=True)
+        if not (image or video):
+            yield Finding(messages, "has no {type: image} and no {type: video}, but both are on", also=switches)
+    elif data.video_data:
+        if not (image or video):
+            yield Finding(messages, "has no {type: video} (or image) part, but video_data is on", also=switches)
+        elif image:
+            text = "{type: image} is left out: image_data is off" if video else "{type: image} stands for the video"
+            yield Finding(messages, text, also=switches, is_notice=True)
+    elif data.image_data:
+        if not image:
+            hint = "; {type: video} is left out while video_data is off" if video else ""
+            yield Finding(messages, f"has no {{type: image}} part, but image_data is on{hint}", also=switches)
+        elif video:
+            text = "{type: video} is left out: video_data is off"
+            yield Finding(messages, text, also=switches, is_notice=True)
+    elif image or video:
+        kind: Literal["image", "video"] = "image" if image else "video"
+        text = f"has a {{type: {kind}}} part, but image_data and video_data are off; remove it, or switch one on"
+        yield Finding(messages, text, also=switches)
+
+
+def _processing(collator: VlmCollatorConfig, train: TrainConfig) -> Iterator[Finding]:
+    image, text = collator.image_processing, collator.text_processing
+    resize_path: KeyPath = ("collator", "image_processing", "resize_mode")
+    if image.max_size is None and image.resize_mode != "keep_aspect":
+        message = f"{image.resize_mode} has nothing to do: max_size is null, so images are not resized"
+        yield Finding(resize_path, message, also=((*resize_path[:-1], "max_size"),), is_notice=True)
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        size = getattr(train, key)
+        if not text.padding and size > 1:
+            message = f"got false, expected true: samples of different lengths need it; or set train.{key} {size} to 1"
+            yield Finding(("collator", "text_processing", "padding"), message, also=(("train", key),))
+            break
+    if text.add_generation_prompt:
+        message = "true in training puts the start of one more answer behind each sample; usually false"
+        yield Finding(("collator", "text_processing", "add_generation_prompt"), message, is_notice=True)
+
+
+def _training(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
+    if train.warmup_steps and "warmup_ratio" in train.model_fields_set and train.warmup_ratio:
+        message = f"has no effect: warmup_steps {train.warmup_steps} wins"
+        yield Finding(("train", "warmup_ratio"), message, also=(("train", "warmup_steps"),), is_notice=True)
+    if data.eval:
+        return
+    if train.predict_with_generate:
+        message = "got true, but data.eval is empty: name held-out samples"
+        yield Finding(("train", "predict_with_generate"), message, also=(("data", "eval"),))
+    elif train.eval_steps or train.eval_on_start:
+        message = "no held-out samples: no evaluation"
+        yield Finding(("data", "eval"), message, also=(("train", "eval_steps"),), is_notice=True)
+
+
+def _towers(peft: PeftConfig) -> Iterator[Finding]:
+    if set(peft.towers.model_dump().values()) == {"freeze"}:
+        yield Finding(("peft", "towers"), "every tower is frozen: nothing to train; set one of them to lora")
+
+
+def _sources(data: DataConfig) -> Iterator[Finding]:
+    if not data.train:
+        yield Finding(("data", "train"), "got no source, expected at least one: - {type: tar, path: …}")
+    for name, sources in (("train", data.train), ("eval", data.eval)):
+        for index, source in enumerate(sources):
+            yield from _source(source, ("data", name, index))
+
+
+def _source(source: DataSource, path: KeyPath) -> Iterator[Finding]:
+    if source.path is not None and "://" in source.path:
+        yield Finding((*path, "path"), f"got the URL {source.path}: not yet supported; copy the data to a local disk")
+    if source.type == "hf":
+        if source.path is None and source.name is None:
+            yield Finding(path, "a source of type hf needs a name (of a dataset) or a path (written by save_to_disk)")
+        if source.path is not None and source.data_files is not None:
+            message = "does not apply beside path; it selects files of the dataset that name names"
+            yield Finding((*path, "data_files"), message, also=((*path, "path"),))
+        return
+    if source.path is None:
+        yield Finding(path, f"a source of type {source.type} needs a path")
+    for key in ("split", "data_files"):
+        if getattr(source, key) is not None:
+            message = f"does not apply to a source of type {source.type}; remove it"
+            yield Finding((*path, key), message, also=((*path, "type"),))
+
+
+def _yaml(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,0 +1,218 @@
+"""Length facts: what the planner knows of a sample without decoding it.
+
+Facts come from headers (image size, number of video frames) and from the size of the text. They are predictions:
+the planner uses them to put samples of similar length together, the materialiser is the judge of the real length.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+#: One row per sample. 0 means "none of that kind" or "unknown"; `num_images` and `num_videos` tell which.
+FACTS_DTYPE = np.dtype(
+    [
+        ("text_bytes", "<i8"),
+        ("num_images", "<i4"),
+        ("image_width", "<i4"),  # of the largest image, after EXIF rotation
+        ("image_height", "<i4"),
+        ("image_pixels", "<i8"),  # sum over all images
+        ("num_videos", "<i4"),
+        ("video_frames", "<i8"),  # of the longest video
+        ("video_seconds", "<f4"),
+        ("video_width", "<i4"),
+        ("video_height", "<i4"),
+    ]
+)
+
+_KINDS = {
+    "image": "jpg jpeg jpe png webp bmp gif tif tiff ppm pgm pbm jp2 avif",
+    "video": "mp4 m4v mov avi mkv webm mpg mpeg ts flv wmv ogv 3gp",
+    "text": "txt text cls cls2 index inx id transcript caption question answer",
+    "binary": "npy npz pyd pkl pickle pth pt ten tb mp wav mp3 flac ogg m4a bin zip gz cbor pdf",
+    "json": "json",
+}
+_KIND_OF = {extension: kind for kind, extensions in _KINDS.items() for extension in extensions.split()}
+
+_EXIF_ORIENTATION = 0x0112
+_EXIF_TRANSPOSED = (5, 6, 7, 8)
+
+# The estimate behind group_by_length where no exact token counts exist. Only its order matters.
+BYTES_PER_TOKEN = 3.5
+PIXELS_PER_TOKEN = 28 * 28
+MAX_TOKENS_PER_IMAGE = 16_384
+PLANNED_FRAMES = 8
+_UNKNOWN_MEDIA_PIXELS = 448 * 448
+LENGTH_ESTIMATE_VERSION = "facts-1"  # part of every manifest hash: another estimate is another order
+
+
+def member_kind(extension: str) -> str:
+    """Say what a tar member or a file holds, by the last part of its extension.
+
+    Returns:
+        "image", "video", "json", "text", "binary" or "unknown".
+    """
+    return _KIND_OF.get(extension.rsplit(".", 1)[-1].lower(), "unknown")
+
+
+def media_kind(path: str) -> str | None:
+    """Return "image" or "video" when a path or URL ends like one, else None."""
+    name = path.rsplit("/", 1)[-1].split("?", 1)[0]
+    if "." not in name:
+        return None
+    kind = member_kind(name.rsplit(".", 1)[-1])
+    return kind if kind in ("image", "video") else None
+
+
+class SampleFacts:
+    """Collects the facts of one sample, member by member."""
+
+    def __init__(self) -> None:
+        self.row = np.zeros((), dtype=FACTS_DTYPE)
+
+    def add_text(self, num_bytes: int) -> None:
+        """Count text by its UTF-8 size."""
+        self.row["text_bytes"] += num_bytes
+
+    def add_image(self, source: BinaryIO | bytes | Path) -> None:
+        """Read an image's header; one that cannot be read counts with unknown size."""
+        self.row["num_images"] += 1
+        size = probe_image(source)
+        if size is None:
+            return
+        width, height = size
+        if width * height > int(self.row["image_width"]) * int(self.row["image_height"]):
+            self.row["image_width"], self.row["image_height"] = width, height
+        self.row["image_pixels"] += width * height
+
+    def add_video(self, source: BinaryIO | bytes | Path) -> None:
+        """Read a video's header; one that cannot be read counts with unknown length."""
+        self.row["num_videos"] += 1
+        probed = probe_video(source)
+        if probed is not None and probed[0] > self.row["video_frames"]:
+            for name, value in zip(
+                ("video_frames", "video_seconds", "video_width", "video_height"), probed, strict=True
+            ):
+                self.row[name] = value
+
+    def add_member(self, kind: str, source: BinaryIO, num_bytes: int) -> Any:
+        """Add one tar member.
+
+        Returns:
+            The parsed value of a JSON member, None for all others and for damaged JSON.
+        """
+        if kind == "image":
+            self.add_image(source)
+        elif kind == "video":
+            self.add_video(source)
+        elif kind == "json":
+            try:
+                value = json.loads(source.read())
+            except ValueError:  # the sample becomes a null slot when it is read
+                self.add_text(num_bytes)
+                return None
+            self.add_text(text_bytes(value))
+            return value
+        elif kind in ("text", "unknown"):
+            self.add_text(num_bytes)
+        return None
+
+
+def text_bytes(value: Any) -> int:
+    """UTF-8 size of all strings in a JSON-like value."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, Mapping):
+        return sum(text_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(text_bytes(item) for item in value)
+    if value is None or isinstance(value, bytes):
+        return 0
+    return len(str(value))
+
+
+def probe_image(source: BinaryIO | bytes | Path) -> tuple[int, int] | None:
+    """Read (width, height) after EXIF rotation from an image's header.
+
+    Returns:
+        None where Pillow cannot read the header.
+    """
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a very large or odd image is the decoder's business
+            with Image.open(stream) as image:
+                # PngImageFile.getexif decodes the whole picture when there is no eXIf chunk before the pixels
+                exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+                turned = exif.get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+                width, height = image.size
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, EOFError, Image.DecompressionBombError):
+        return None
+    return (height, width) if turned else (width, height)
+
+
+def probe_video(source: BinaryIO | bytes | Path) -> tuple[int, float, int, int] | None:
+    """Read (frames, seconds, width, height) from a video's header.
+
+    Returns:
+        None where decord is missing or cannot open the video.
+    """
+    try:
+        import decord
+    except ImportError:
+        return None
+    with _as_path(source) as path:
+        try:
+            # one thread: decord leaks the frames of an idle reader's threads
+            reader = decord.VideoReader(path, num_threads=1)
+            num_frames, rate = len(reader), float(reader.get_avg_fps())
+            height, width = reader[0].shape[:2] if num_frames else (0, 0)
+        except (RuntimeError, OSError, IndexError, ValueError, decord.DECORDError):
+            return None
+    return num_frames, (num_frames / rate if rate > 0 else 0.0), int(width), int(height)
+
+
+@contextmanager
+def _as_path(source: BinaryIO | bytes | Path) -> Iterator[str]:
+    """Give decord a path: a truncated mp4 read through a Python object kills the process, through a file it raises."""
+    if isinstance(source, Path):
+        yield str(source)
+        return
+    descriptor = os.memfd_create("vlm-dist-probe")
+    try:
+        with os.fdopen(os.dup(descriptor), "wb") as target:
+            target.write(source if isinstance(source, bytes) else source.read())
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def estimate_num_tokens(facts: NDArray[np.void]) -> NDArray[np.int64]:
+    """Estimate the number of text and visual tokens from facts alone.
+
+    Args:
+        facts: [N] of FACTS_DTYPE.
+
+    Returns:
+        int64 [N], at least 1; grows with the text, with the pixels and with the frames.
+    """
+    num_images = facts["num_images"].astype(np.float64)
+    image_pixels = facts["image_pixels"] + (facts["image_pixels"] == 0) * num_images * _UNKNOWN_MEDIA_PIXELS
+    image_tokens = np.minimum(image_pixels / PIXELS_PER_TOKEN, num_images * MAX_TOKENS_PER_IMAGE)
+    frame_pixels = facts["video_width"].astype(np.float64) * facts["video_height"]
+    frame_pixels = np.where(frame_pixels > 0, frame_pixels, _UNKNOWN_MEDIA_PIXELS)
+    frames = np.where(facts["video_frames"] > 0, np.minimum(facts["video_frames"], PLANNED_FRAMES), PLANNED_FRAMES)
+    video_tokens = facts["num_videos"] * frames * frame_pixels / PIXELS_PER_TOKEN
+    tokens = facts["text_bytes"] / BYTES_PER_TOKEN + image_tokens + video_tokens
+    estimate: NDArray[np.int64] = np.maximum(tokens, 1.0).astype(np.int64)
+    return estimate

@@ -1,0 +1,214 @@
+"""Indexes: where every sample of a shard lies, and its length facts.
+
+A shard's index is an Arrow IPC file, `<shard>.index.arrow`, beside the tar or, for read-only data, under `index_dir`.
+It has one row per sample: the key, `offset:<member>` and `size:<member>` in bytes for each kind of member (null where
+the sample has none), and the columns of `FACTS_DTYPE`. `ShardWriter` writes it for free; a tar that has none is
+indexed by one pass over its headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from vlm_dist.data.facts import FACTS_DTYPE, LENGTH_ESTIMATE_VERSION
+
+INDEX_SUFFIX = ".index.arrow"
+TAR_BLOCK_BYTES = 512
+_FORMAT_VERSION = "1"
+_ABSENT = -1
+_MAX_COLUMNS = 256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpan:
+    """One sample on its way into an index."""
+
+    key: str
+    members: Mapping[str, tuple[int, int]]  # extension -> (offset of the data, size), in bytes
+    facts: NDArray[np.void]  # scalar of FACTS_DTYPE
+    json_fields: Iterable[str] = ()
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index of one shard, in memory. N samples.
+
+    Attributes:
+        keys: N keys as an Arrow array; empty where samples are known by their row only.
+        offsets: member -> [N] int64, -1 where a sample lacks the member.
+        sizes: member -> [N] int64, -1 where a sample lacks the member.
+        facts: [N] of FACTS_DTYPE.
+        json_fields: keys seen in the JSON members (or rows), sorted.
+        num_bytes: size of the indexed file.
+        notes: what else is to be remembered, part of the digest.
+        stamp: what the index was made from, not part of the digest; another stamp makes it stale.
+    """
+
+    keys: pa.StringArray
+    offsets: Mapping[str, NDArray[np.int64]]
+    sizes: Mapping[str, NDArray[np.int64]]
+    facts: NDArray[np.void]
+    json_fields: tuple[str, ...] = ()
+    num_bytes: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    stamp: str = ""
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the contents; the same for a written and for a scanned index of the same tar."""
+        digest = hashlib.sha256(f"{_FORMAT_VERSION}/{LENGTH_ESTIMATE_VERSION}/{len(self)}".encode())
+        digest.update(json.dumps([self.keys.to_pylist(), self.json_fields, self.notes], sort_keys=True).encode())
+        for name in sorted(self.offsets):
+            digest.update(name.encode())
+            digest.update(self.offsets[name].astype("<i8").tobytes())
+            digest.update(self.sizes[name].astype("<i8").tobytes())
+        digest.update(self.facts.tobytes())
+        return digest.hexdigest()[:32]
+
+    def key(self, row: int) -> str:
+        """Return a sample's key, or its row where samples have none."""
+        return str(self.keys[row]) if len(self.keys) else str(row)
+
+    def members_of(self, row: int) -> dict[str, tuple[int, int]]:
+        """Return extension -> (offset, size) in bytes of the members that this sample has."""
+        spans = ((name, int(self.offsets[name][row]), int(self.sizes[name][row])) for name in self.offsets)
+        return {name: (offset, size) for name, offset, size in spans if offset != _ABSENT}
+
+
+def build_index(spans: Iterable[SampleSpan], num_bytes: int = 0, notes: Mapping[str, Any] | None = None) -> ShardIndex:
+    """Lay samples out in columns."""
+    rows = list(spans)
+    names = sorted({name for row in rows for name in row.members})
+    offsets = {name: np.full(len(rows), _ABSENT, dtype=np.int64) for name in names}
+    sizes = {name: np.full(len(rows), _ABSENT, dtype=np.int64) for name in names}
+    facts = np.zeros(len(rows), dtype=FACTS_DTYPE)
+    for i, row in enumerate(rows):
+        facts[i] = row.facts
+        for name, (offset, size) in row.members.items():
+            offsets[name][i], sizes[name][i] = offset, size
+    fields = sorted({name for row in rows for name in row.json_fields})[:_MAX_COLUMNS]
+    keys = [row.key for row in rows] if any(row.key for row in rows) else []
+    return ShardIndex(pa.array(keys, pa.string()), offsets, sizes, facts, tuple(fields), num_bytes, dict(notes or {}))
+
+
+def write_index(index: ShardIndex, path: Path) -> None:
+    """Write an index atomically."""
+    columns: dict[str, pa.Array] = {"key": index.keys} if len(index.keys) else {}
+    for name in sorted(index.offsets):
+        absent = index.offsets[name] == _ABSENT
+        columns[f"offset:{name}"] = pa.array(index.offsets[name], pa.int64(), mask=absent)
+        columns[f"size:{name}"] = pa.array(index.sizes[name], pa.int64(), mask=absent)
+    for name in FACTS_DTYPE.names or ():
+        columns[name] = pa.array(np.ascontiguousarray(index.facts[name]))
+    metadata = {
+        "format": _FORMAT_VERSION,
+        "estimate": LENGTH_ESTIMATE_VERSION,
+        "num_bytes": str(index.num_bytes),
+        "json_fields": json.dumps(index.json_fields),
+        "notes": json.dumps(index.notes, sort_keys=True),
+        "stamp": index.stamp,
+        "digest": index.digest,
+    }
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_index(path: Path) -> ShardIndex | None:
+    """Read an index back.
+
+    Returns:
+        None where the file is missing, damaged or of another format: it can be made again.
+    """
+    try:
+        with pa.OSFile(str(path)) as stream, pa.ipc.open_file(stream) as reader:
+            table = reader.read_all()
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowInvalid) as error:
+        log.warning("ignoring the damaged index %s: %s", path, error)
+        return None
+    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    if metadata.get("format") != _FORMAT_VERSION or metadata.get("estimate") != LENGTH_ESTIMATE_VERSION:
+        return None
+    facts = np.zeros(len(table), dtype=FACTS_DTYPE)
+    for name in FACTS_DTYPE.names or ():
+        facts[name] = table.column(name).to_numpy()
+    members = [name.removeprefix("offset:") for name in table.column_names if name.startswith("offset:")]
+    spans = {
+        kind: {name: table.column(f"{kind}:{name}").fill_null(_ABSENT).to_numpy() for name in members}
+        for kind in ("offset", "size")
+    }
+    has_keys = "key" in table.column_names
+    return ShardIndex(
+        table.column("key").combine_chunks() if has_keys else pa.array([], pa.string()),
+        spans["offset"],
+        spans["size"],
+        facts,
+        tuple(json.loads(metadata["json_fields"])),
+        int(metadata["num_bytes"]),
+        json.loads(metadata["notes"]),
+        metadata["stamp"],
+    )
+
+
+class replacing:  # noqa: N801 - reads as a verb: `with replacing(path) as stream`
+    """Open a temporary file that takes the place of `path` when the block ends without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+    def __enter__(self) -> IO[bytes]:
+        self._stream = self._temporary.open("wb")
+        return self._stream
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            self._stream.close()
+            self._temporary.unlink(missing_ok=True)
+            return
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._temporary.replace(self._path)
+
+
+def sidecar_paths(shard: Path, index_dir: Path | None) -> list[Path]:
+    """Where the index of a file may lie: beside it, then under `index_dir` by a hash of its absolute path."""
+    paths = [shard.with_name(shard.name + INDEX_SUFFIX)]
+    if index_dir is not None:
+        folder = hashlib.sha256(str(shard.resolve().parent).encode()).hexdigest()[:16]
+        paths.append(index_dir / folder / (shard.name + INDEX_SUFFIX))
+    return paths
+
+
+def keep_index(index: ShardIndex, places: Iterable[Path]) -> None:
+    """Write an index to the first place that can be written."""
+    for place in places:
+        try:
+            write_index(index, place)
+        except OSError as error:
+            log.debug("cannot write %s: %s", place, error)
+            continue
+        log.info("indexed %d samples: %s", len(index), place)
+        return
+    log.warning("an index cannot be kept and is made again next time; set data.index_dir to a writable directory")

@@ -1,0 +1,235 @@
+"""JSON records: lines of a .jsonl file or elements of a .json list, read by offset; media columns are paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_dist.data.facts import SampleFacts, estimate_num_tokens
+from vlm_dist.data.index import SampleSpan, ShardIndex, build_index, keep_index, read_index, sidecar_paths
+from vlm_dist.data.manifest import Manifest, ShardEntry
+from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
+from vlm_dist.data.sources.media import MediaColumns, MediaRoot
+from vlm_dist.data.sources.open_files import OpenFiles
+from vlm_dist.data.sources.shards import find_files, limited_sizes, row_blocks
+from vlm_dist.data.types import RawSample, SampleOrigin
+from vlm_dist.errors import DataError, SkipSample
+
+_RECORD = "record"
+_SPACE = " \t\r\n"
+
+log = logging.getLogger(__name__)
+
+
+class JsonSource:
+    """Records of local JSON files.
+
+    Args:
+        name: of the source, for people.
+        paths: the files.
+        indexes: one index per file.
+        media: reads the media columns.
+        renames: new column -> own column.
+        max_samples: use only the first so many.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[Path],
+        indexes: Sequence[ShardIndex],
+        media: MediaColumns,
+        renames: Mapping[str, str] | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self.name = name
+        self._files = OpenFiles(paths)
+        self._spans = [np.stack([index.offsets[_RECORD], index.sizes[_RECORD]], axis=1) for index in indexes]
+        self._facts = np.concatenate([index.facts for index in indexes])
+        self._media = media
+        self._media_names = frozenset(column for index in indexes for column in index.notes["media_columns"])
+        fields = dict.fromkeys(field for index in indexes for field in index.json_fields)
+        self._columns = ColumnNames(name, list(fields), renames)
+        self._starts = [0, *accumulate(limited_sizes([len(index) for index in indexes], max_samples))]
+        entries = (ShardEntry.of(path.name, index) for path, index in zip(paths, indexes, strict=True))
+        self._hash = Manifest(tuple(entries)).hash + ("" if max_samples is None else f":{max_samples}")
+
+    @classmethod
+    def open(
+        cls, settings: SourceSettings, index_dir: Path | None = None, media_columns: frozenset[str] | None = None
+    ) -> Self:
+        """Open the files that `path` or `data_files` means; those without an index are read once to make it."""
+        patterns = _patterns(settings)
+        name = source_name(settings, patterns[0] if patterns else "")
+        if not patterns:
+            raise DataError(f"{name}: a jsonl source needs path or data_files (a .jsonl file, a .json list, a glob)")
+        paths = [path for pattern in patterns for path in find_files(name, pattern, (".jsonl", ".ndjson", ".json"))]
+        root = MediaRoot(name, Path(setting(settings, "media_root", paths[0].parent)))
+        renames = setting(settings, "columns", {})
+        declared = None if media_columns is None else frozenset(renames.get(column, column) for column in media_columns)
+        indexes = [_load_or_scan(name, path, index_dir, root, declared) for path in paths]
+        media = MediaColumns(root, declared)
+        return cls(name, paths, indexes, media, renames, setting(settings, "max_samples"))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Keys of the records, renamed."""
+        return self._columns.names
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hex digest over the contents of the files and the facts of their media."""
+        return self._hash
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """Blocks of rows: any row is as cheap as the next."""
+        return row_blocks(len(self))
+
+    def predicted_lengths(self, rows: np.ndarray) -> NDArray[np.int64]:
+        """Estimate the number of tokens per row: int64 [len(rows)]."""
+        files = np.searchsorted(self._starts, rows, side="right") - 1
+        whole = np.concatenate([[0], np.cumsum([len(spans) for spans in self._spans])])  # before max_samples
+        return estimate_num_tokens(self._facts[whole[files] + rows - np.asarray(self._starts)[files]])
+
+    def origin(self, index: int) -> SampleOrigin:
+        """Say where a record is: its file and its number in it, from 0."""
+        number, row = self._locate(index)
+        return SampleOrigin(self.name, self._files.paths[number].name, str(row))
+
+    def read(self, index: int) -> RawSample:
+        """Read one record and the files of its media columns.
+
+        Raises:
+            SkipSample: if the record is no JSON object or a media file does not exist.
+            DataError: if the storage fails or a path is refused.
+        """
+        number, row = self._locate(index)
+        origin = self.origin(index)
+        offset, size = self._spans[number][row].tolist()
+        record = _parse(self._files.read(number, offset, size))
+        if record is None:
+            raise SkipSample("bad_sample", f"{origin}: the record is not a JSON object")
+        return RawSample(self._columns.apply(self._media.load(self._media_names, record)), origin)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: row {index} of {len(self)}")
+        number = bisect_right(self._starts, index) - 1
+        return number, index - self._starts[number]
+
+
+def _patterns(settings: SourceSettings) -> list[str]:
+    files = setting(settings, "data_files", setting(settings, "path", []))
+    if isinstance(files, Mapping):
+        split = setting(settings, "split", "train")
+        if split not in files:
+            raise DataError(f"data_files has no split {split!r}; it has: {', '.join(files)}")
+        files = files[split]
+    return [str(files)] if isinstance(files, str | Path) else [str(file) for file in files]
+
+
+def _load_or_scan(
+    name: str, path: Path, index_dir: Path | None, root: MediaRoot, declared: frozenset[str] | None
+) -> ShardIndex:
+    """Read a file's index, or make it and keep it under `index_dir`, else beside the file."""
+    status = path.stat()
+    stamp = json.dumps(
+        [status.st_size, status.st_mtime_ns, str(root.root and root.root.resolve()), declared and sorted(declared)]
+    )
+    places = sidecar_paths(path, index_dir)[::-1]
+    for place in places:
+        index = read_index(place)
+        if index is not None and index.stamp == stamp:
+            return index
+    index = replace(_scan(name, path, MediaColumns(root, declared)), stamp=stamp)
+    keep_index(index, places)
+    return index
+
+
+def _scan(name: str, path: Path, media: MediaColumns) -> ShardIndex:
+    where = f"{name}: {path}"
+    spans: list[SampleSpan] = []
+    num_bad = 0
+    content = hashlib.sha256()
+    for offset, data in _records(where, path):
+        content.update(data)
+        record = _parse(data)
+        if record is None:
+            num_bad += 1
+            facts = SampleFacts()
+            facts.add_text(len(data))
+        else:
+            facts = media.facts_of(record)
+        spans.append(SampleSpan("", {_RECORD: (offset, len(data))}, facts.row, tuple(record or ())))
+    if not spans:
+        raise DataError(f"{where}: the file has no records")
+    if 2 * num_bad > len(spans):
+        raise DataError(
+            f"{where}: {num_bad} of {len(spans)} records are no JSON objects; expected one object per line, or a list"
+        )
+    if num_bad:
+        log.warning("%s: %d of %d records are no JSON objects and will be skipped", where, num_bad, len(spans))
+    media.check_missing(where)
+    notes = {"media_columns": sorted(media.names), "content": content.hexdigest()}
+    return build_index(spans, path.stat().st_size, notes)
+
+
+def _records(where: str, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of every line that is not empty, or of every element of a list."""
+    if path.name.endswith((".gz", ".zst", ".xz", ".bz2")):
+        raise DataError(f"{where}: compressed files cannot be read by offset; decompress it")
+    with path.open("rb") as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        stream.seek(0)
+        if start.startswith(b"["):
+            yield from _list_elements(where, stream.read())
+            return
+        offset = 0
+        for line in stream:
+            record = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+            if record.strip():
+                yield offset + len(line) - len(record), record.rstrip()
+            offset += len(line)
+
+
+def _list_elements(where: str, data: bytes) -> Iterator[tuple[int, bytes]]:
+    decoder = json.JSONDecoder()
+    try:
+        text = data.decode("utf-8")
+        position = text.index("[") + 1
+        offset = len(text[:position].encode())  # in bytes, while positions are in characters
+        while True:
+            start = position
+            while position < len(text) and text[position] in _SPACE + ",":
+                position += 1
+            offset += position - start  # separators are ASCII
+            if text[position : position + 1] == "]":
+                return
+            _, stop = decoder.raw_decode(text, position)
+            element = text[position:stop].encode()
+            yield offset, element
+            position, offset = stop, offset + len(element)
+    except ValueError as error:
+        raise DataError(f"{where}: not a valid JSON list: {error}") from error
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,182 @@
+"""Media columns: images and videos as bytes, or as paths under a root that nothing escapes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.data.facts import SampleFacts, media_kind, text_bytes
+from vlm_dist.data.sources.open_files import with_retries
+from vlm_dist.errors import DataError, SkipSample
+
+log = logging.getLogger(__name__)
+
+
+class MediaRoot:
+    """The folder that media paths of a data set are relative to; nothing outside it is read.
+
+    Args:
+        where: names the source in errors.
+        root: None where the data has no media paths to resolve.
+    """
+
+    def __init__(self, where: str, root: Path | None) -> None:
+        self._where = where
+        self.root = root
+        self._real = os.path.realpath(root) if root is not None else None
+
+    def resolve(self, value: str) -> Path:
+        """Return the file that a media path means.
+
+        Raises:
+            DataError: for a URL and for a path outside the root, symbolic links followed.
+        """
+        if "://" in value:
+            raise DataError(
+                f"{self._where}: {value!r} is a URL; training reads local files only. Fetch the media into shards: "
+                "vlm-dist shards build"
+            )
+        if self._real is None:
+            raise DataError(
+                f"{self._where}: {value!r} is a path, but media_root is not set; set it to the folder of the media"
+            )
+        real = os.path.realpath(os.path.join(self._real, value))  # noqa: PTH118 - Path would cost more per sample
+        if os.path.commonpath([real, self._real]) != self._real:
+            raise DataError(
+                f"{self._where}: {value!r} leads out of media_root {self.root}; "
+                "media must lie under it, also behind symbolic links"
+            )
+        return Path(real)
+
+    def read(self, path: Path) -> bytes:
+        """Read a media file that `resolve` has let pass.
+
+        Raises:
+            SkipSample: if there is no such file.
+            DataError: if the storage fails.
+        """
+        try:
+            return with_retries(f"{self._where}: {path}", path.read_bytes)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            if self.root is not None and not self.root.is_dir():
+                raise DataError(f"{self._where}: media_root {self.root} is not there (any more)") from error
+            raise SkipSample("bad_sample", f"media file {path} does not exist") from error
+
+
+class MediaColumns:
+    """Knows which columns of row-shaped data (JSON, Arrow) hold media, and reads them.
+
+    A column is a media column if the caller says so, if its type does, or if its first value ends like the name of an
+    image or video file.
+
+    Args:
+        root: what paths are relative to.
+        declared: the media columns; None finds them by their first values.
+        typed: columns of Image or Video type; their paths come from the data set itself.
+    """
+
+    def __init__(
+        self, root: MediaRoot, declared: frozenset[str] | None = None, typed: Mapping[str, str] | None = None
+    ) -> None:
+        self.root = root
+        self.declared = declared
+        self.typed = dict(typed or {})
+        self.seen: dict[str, bool] = {}  # column -> is it media
+        self.num_files = 0
+        self.missing: list[str] = []
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The media columns found so far."""
+        return frozenset(name for name, is_media in self.seen.items() if is_media)
+
+    def facts_of(self, row: Mapping[str, Any]) -> SampleFacts:
+        """Collect the length facts of a row, and learn its media columns.
+
+        Raises:
+            DataError: if a path is a URL or leads out of the root.
+        """
+        facts = SampleFacts()
+        for column, value in row.items():
+            if self._is_media(column, value):
+                for item in _items(value):
+                    self._add(facts, column, item)
+            else:
+                facts.add_text(text_bytes(value))
+        return facts
+
+    def load(self, names: frozenset[str], row: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace the paths in media columns by the bytes of their files."""
+        return {column: self._load(column, value) if column in names else value for column, value in row.items()}
+
+    def check_missing(self, where: str) -> None:
+        """Refuse data whose media are all missing; tell how many are missing otherwise."""
+        if self.missing and len(self.missing) == self.num_files:
+            raise DataError(
+                f"{where}: none of the {self.num_files} media files exists, e.g. {self.missing[0]}; "
+                f"media_root is {self.root.root}, set it to the folder that the paths start in"
+            )
+        if self.missing:
+            log.warning(
+                "%s: %d of %d media files are missing, e.g. %s; their samples are skipped",
+                where, len(self.missing), self.num_files, self.missing[0],
+            )  # fmt: skip
+
+    def _is_media(self, column: str, value: Any) -> bool:
+        known = self.seen.get(column)
+        if known is None:
+            first = next(_items(value), None)
+            if column in self.typed:
+                known = True
+            elif self.declared is not None:
+                known = column in self.declared
+            elif first is None:
+                return False  # decided by the first row that has a value
+            else:
+                known = isinstance(first, bytes) or (isinstance(first, str) and media_kind(first) is not None)
+            self.seen[column] = known
+        return known
+
+    def _add(self, facts: SampleFacts, column: str, item: Any) -> None:
+        source: bytes | Path
+        kind = self.typed.get(column)
+        if isinstance(item, bytes):
+            source, kind = item, kind or sniff_kind(item)
+        elif isinstance(item, str):
+            source, kind = self._path(column, item), kind or media_kind(item)
+            self.num_files += 1
+            if not source.is_file():
+                self.missing.append(item)
+        else:
+            return
+        (facts.add_video if kind == "video" else facts.add_image)(source)
+
+    def _load(self, column: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.root.read(self._path(column, value))
+        if isinstance(value, list | tuple):
+            return [self._load(column, item) for item in value]
+        return value
+
+    def _path(self, column: str, value: str) -> Path:
+        if column in self.typed and self.root.root is None and "://" not in value:
+            return Path(value)  # written by the data set's builder, not by a sample
+        return self.root.resolve(value)
+
+
+def sniff_kind(data: bytes) -> str:
+    """Tell a video from an image by the first bytes."""
+    container = data[4:8] in (b"ftyp", b"moov", b"mdat") or data[:4] == b"\x1aE\xdf\xa3"
+    return "video" if container or (data[:4] == b"RIFF" and data[8:12] == b"AVI ") else "image"
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """Yield the value, or the values of a list, without None."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _items(item)
+    elif value is not None:
+        yield value

@@ -1,0 +1,100 @@
+"""Finding local shards by directory, glob or brace pattern, and counting their samples."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vlm_dist.errors import DataError
+
+ROWS_PER_BLOCK = 256
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+
+
+def find_files(where: str, pattern: str, endings: tuple[str, ...]) -> list[Path]:
+    """List the local files that a setting means, sorted within each part of the pattern.
+
+    Args:
+        where: names the source in errors.
+        pattern: a file, a directory (all files in it with one of the endings), a glob, or a brace pattern as in
+            `train-{000..099}.tar`, whose files must all exist.
+        endings: of the files, with their dot.
+
+    Raises:
+        DataError: if nothing is found, or a file named by braces is missing.
+    """
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise DataError(f"{where}: {pattern!r} is not a local path; reading over the network is not yet supported")
+    found: list[Path] = []
+    missing: list[str] = []
+    for text in expand_braces(pattern):
+        path = Path(text).expanduser()
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.name.endswith(endings) and not p.name.startswith("."))
+        elif glob.has_magic(text) and not path.exists():
+            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - absolute patterns too
+            files = [p for p in files if p.is_file()]
+        else:
+            files = [path] if path.is_file() else []
+            if not files:
+                missing.append(text)
+        found.extend(files)
+    if not found:
+        raise DataError(
+            f"{where}: no {' or '.join(endings)} files found for {pattern!r} (looked in {_folder(pattern)})"
+        )
+    if missing:
+        raise DataError(f"{where}: {len(missing)} of the files that {pattern!r} names do not exist, first {missing[0]}")
+    return list(dict.fromkeys(found))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand `{000..099}` (zero-padded) and `{a,b}`; several braces give their product."""
+    parts: list[list[str]] = []
+    position = 0
+    for match in _BRACES.finditer(pattern):
+        parts.append([pattern[position : match.start()]])
+        parts.append(list(_alternatives(match.group(1))))
+        position = match.end()
+    parts.append([pattern[position:]])
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def limited_sizes(sizes: Sequence[int], max_samples: int | None) -> list[int]:
+    """Cut shard sizes so that they sum to at most `max_samples`; shards that are left out have size 0."""
+    if max_samples is None:
+        return list(sizes)
+    limited: list[int] = []
+    left = max_samples
+    for size in sizes:
+        limited.append(min(size, left))
+        left -= limited[-1]
+    return limited
+
+
+def row_blocks(num_rows: int) -> list[int]:
+    """Cut data with cheap access to any row into small shards, so that few files still give many orders."""
+    return [min(ROWS_PER_BLOCK, num_rows - start) for start in range(0, num_rows, ROWS_PER_BLOCK)]
+
+
+def _alternatives(body: str) -> Iterator[str]:
+    match = _RANGE.match(body)
+    if match is None:
+        yield from body.split(",") if "," in body else ["{" + body + "}"]
+        return
+    first, last = match.groups()
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    for number in range(int(first), int(last) + 1):
+        yield f"{number:0{width}d}"
+
+
+def _folder(pattern: str) -> str:
+    """Say in which folder the search ended, and whether it exists."""
+    fixed = Path(re.split(r"[*?\[{]", pattern)[0])
+    folder = fixed if str(fixed).endswith("/") or fixed.is_dir() else fixed.parent
+    return f"{folder.resolve()}" + ("" if folder.is_dir() else ", which does not exist")

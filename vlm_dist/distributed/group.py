@@ -1,0 +1,131 @@
+"""Process groups: one for the model's tensors, one gloo group for decisions.
+
+Decisions (who failed, which checkpoint, shall we stop) travel over a gloo group of CPU tensors of their own, so that
+they neither wait for nor disturb the device's queue of collectives.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from vlm_dist.distributed.environment import Topology
+from vlm_dist.errors import DistributedError
+
+T = TypeVar("T")
+
+#: A rank that waits longer than this for another one gives up. Minutes, not the years that hide a hang.
+DEFAULT_TIMEOUT = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, after the process groups exist."""
+
+    topology: Topology
+    control: dist.ProcessGroup  # gloo: decisions and objects
+    agreement: dist.ProcessGroup  # gloo: the one agreement per step, which another thread may start
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process over all nodes."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes over all nodes."""
+        return self.topology.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective: every rank calls this."""
+        dist.barrier(group=self.control)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """One small picklable value per rank, in rank order, on every rank. Collective: every rank calls this."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast_object(self, value: T | None) -> T:
+        """Rank 0's value on every rank. Collective: every rank calls this."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        received = values[0]
+        return received  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes. Collective: every rank calls this."""
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(votes.item())
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_process_groups(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT) -> Ranks:
+    """Create the process groups. Collective: every rank calls this.
+
+    Args:
+        topology: who we are; its values are written to the variables that torch and DeepSpeed read.
+        timeout: of every collective, rendezvous included.
+
+    Raises:
+        DistributedError: the ranks did not find each other.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if topology.world_size == 1:
+        # Nobody else has to know the port, so that any number of single-process runs share a machine.
+        os.environ["MASTER_PORT"] = str(free_port())
+    os.environ.update(
+        RANK=str(topology.rank),
+        WORLD_SIZE=str(topology.world_size),
+        LOCAL_RANK=str(topology.local_rank),
+        LOCAL_WORLD_SIZE=str(topology.local_world_size),
+    )
+    device_id = None
+    backend = "gloo"
+    if torch.cuda.is_available():
+        num_devices = torch.cuda.device_count()
+        if topology.local_world_size > num_devices:
+            raise DistributedError(
+                f"{topology.local_world_size} processes were started on this node, which has {num_devices} GPU(s); "
+                f"start at most {num_devices} (deepspeed --num_gpus {num_devices}, or --gpus-per-node in the sbatch file)"
+            )
+        device_id = torch.device("cuda", topology.local_rank)
+        torch.cuda.set_device(device_id)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        raise DistributedError(
+            f"rank {topology.rank} of {topology.world_size} could not join the others at {address}: {error}. "
+            "Check that all ranks were started, and that MASTER_ADDR and MASTER_PORT are the same everywhere and free."
+        ) from error
+    return Ranks(
+        topology=topology,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        agreement=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def shut_down() -> None:
+    """End the process groups; harmless where there are none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

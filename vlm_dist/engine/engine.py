@@ -1,0 +1,307 @@
+"""The engine: a model, an optimizer and ZeRO behind six verbs.
+
+forward, backward (any number of times), step
+collect_trainable, restore_trainable
+zero_gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vlm_dist.engine.merge import check_read_back
+from vlm_dist.engine.partitions import Partitions, is_bf16_optimizer
+from vlm_dist.engine.resharding import Resharder
+from vlm_dist.engine.runtime import init_deepspeed_comm
+from vlm_dist.engine.trainable_state import TrainableState
+from vlm_dist.engine.zero_init import release_zero_init
+from vlm_dist.errors import ConfigError, ModelError
+
+#: What DeepSpeed's dynamic loss scaler counts; all of it decides when the scale changes next.
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of an optimizer step; the same on every rank.
+
+    Attributes:
+        applied: False if the gradient was not finite: no parameter, moment or learning rate has changed.
+        learning_rate: that the step used, of the first parameter group.
+        raw_grad_norm: the norm as DeepSpeed has it, maybe on the device.
+    """
+
+    applied: bool
+    learning_rate: float
+    raw_grad_norm: Tensor | float | None = None
+
+    @property
+    def grad_norm(self) -> float | None:
+        """L2 norm of the whole gradient before clipping; None if it is not finite. Waits for the device."""
+        if not self.applied or self.raw_grad_norm is None:
+            return None
+        return float(self.raw_grad_norm)
+
+
+class Engine:
+    """A model under ZeRO. Made by `Engine.initialise`.
+
+    Attributes:
+        module: the model; for evaluation and generation call it directly, on all ranks equally often.
+        device: where inputs go.
+        world_size: number of ranks.
+        zero_stage: 1, 2 or 3.
+        compute_dtype: of forward and backward.
+    """
+
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        *,
+        names: Mapping[int, str],
+        lr_schedule: Callable[[int], float],
+        base_learning_rates: Sequence[float],
+        compute_dtype: torch.dtype,
+        control_group: dist.ProcessGroup,
+    ) -> None:
+        self._deepspeed = deepspeed_engine
+        self._zero = deepspeed_engine.optimizer
+        self.module: nn.Module = deepspeed_engine.module
+        self.device: torch.device = torch.device(deepspeed_engine.device)
+        self.world_size: int = deepspeed_engine.dp_world_size
+        self.zero_stage: int = int(deepspeed_engine.zero_optimization_stage())
+        self.compute_dtype = compute_dtype
+        self._optimizer: torch.optim.Optimizer = deepspeed_engine.basic_optimizer
+        self._lr_schedule = lr_schedule
+        self._base_learning_rates = list(base_learning_rates)
+        self._num_updates = 0
+        self._control_group = control_group
+        self._resharder = Resharder(Partitions(self._zero, self.zero_stage, names), self._optimizer, control_group)
+
+    @classmethod
+    def initialise(
+        cls,
+        model: nn.Module,
+        optimizer_factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        param_groups: list[dict[str, Any]],
+        lr_schedule: Callable[[int], float],
+        ds_config: Mapping[str, Any],
+        control_group: dist.ProcessGroup | None = None,
+    ) -> Engine:
+        """Put a model under ZeRO. Collective: every rank calls this.
+
+        Args:
+            model: loaded within `zero_init_context`.
+            optimizer_factory: makes torch's Adam or AdamW from the groups.
+            param_groups: all trainable parameters, each in exactly one group.
+            lr_schedule: number of applied updates -> factor on each group's learning rate.
+            ds_config: from `merge_deepspeed_config`, with the number of trainable parameters.
+            control_group: a gloo group of all ranks, over which state is collected; None makes one.
+
+        Raises:
+            ConfigError: DeepSpeed rejects the configuration, or changes it.
+            ModelError: the groups are not the model's trainable parameters, or have the wrong dtype.
+        """
+        init_deepspeed_comm()
+        import deepspeed
+
+        compute_dtype = _compute_dtype(ds_config)
+        names = _trainable_names(model, param_groups, compute_dtype)
+        base_learning_rates: list[float] = []
+
+        def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            optimizer = optimizer_factory(groups)
+            if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
+                raise ConfigError(f"the optimizer is {type(optimizer).__name__}; checkpoints know Adam and AdamW only")
+            base_learning_rates.extend(float(group["lr"]) for group in optimizer.param_groups)
+            return optimizer
+
+        try:
+            deepspeed_engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer,
+                model_parameters=[group for group in param_groups if group["params"]],
+                config=dict(ds_config),
+                dist_init_required=False,
+            )
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(f"DeepSpeed rejects the configuration: {error}") from error
+        check_read_back(ds_config, deepspeed_engine._config)
+        if control_group is None:
+            made = dist.new_group(backend="gloo")
+            assert isinstance(made, dist.ProcessGroup)
+            control_group = made
+        return cls(
+            deepspeed_engine,
+            names=names,
+            lr_schedule=lr_schedule,
+            base_learning_rates=base_learning_rates,
+            compute_dtype=compute_dtype,
+            control_group=control_group,
+        )
+
+    def forward(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Run the model on one micro-batch. Collective under ZeRO-3.
+
+        Args:
+            inputs: keyword arguments of the model; tensors are moved to the device, and floating ones to the compute
+                dtype.
+
+        Returns:
+            Logits [B, T, V].
+        """
+        outputs = self._deepspeed(**{name: self._to_device(value) for name, value in inputs.items()})
+        return outputs.logits  # type: ignore[no-any-return]
+
+    def backward(self, loss_sum: Tensor, num_target_tokens: int) -> None:
+        """Add one micro-batch to the gradient. Collective: every rank calls this equally often.
+
+        After all micro-batches of all ranks the gradient is d(sum of all their losses) / d(parameters) /
+        num_target_tokens, however the step was cut.
+
+        Args:
+            loss_sum: scalar float32, the sum over this micro-batch's target tokens.
+            num_target_tokens: of the whole step, over all ranks and micro-batches; the same in every call.
+        """
+        # DeepSpeed averages over the ranks, and would average over its own count of micro-batches.
+        loss = loss_sum * (self.world_size / num_target_tokens)
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> StepOutcome:
+        """Clip, update and forget the gradient. Collective: every rank calls this."""
+        factor = self._lr_schedule(self._num_updates)
+        for group, base in zip(self._optimizer.param_groups, self._base_learning_rates, strict=True):
+            group["lr"] = base * factor
+        self._deepspeed.step()
+        applied = bool(self._deepspeed.was_step_applied())
+        self._num_updates += applied
+        self._zero_partitioned_gradients()
+        return StepOutcome(applied, float(self._optimizer.param_groups[0]["lr"]), self._zero._global_grad_norm)
+
+    def zero_gradients(self) -> None:
+        """Forget what was accumulated since the last step, as if backward had not been called."""
+        self._zero.zero_grad(set_to_none=True)
+        if is_bf16_optimizer(self._zero):
+            self._zero.clear_hp_grads()
+        elif self.zero_stage < 3:
+            self._zero._release_preflattened_grad_buffers()
+            for gradients in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
+        self._zero_partitioned_gradients()
+
+    def collect_trainable(self) -> TrainableState | None:
+        """Everything that a checkpoint needs, on rank 0; None elsewhere. Collective: every rank calls this."""
+        parameters = self._resharder.collect()
+        if parameters is None:
+            return None
+        scaler = self._dynamic_loss_scaler
+        return TrainableState(
+            step=self._resharder.step(),
+            parameters=parameters,
+            hyperparameters=self._resharder.hyperparameters(),
+            loss_scaler={key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS} if scaler else {},
+        )
+
+    def restore_trainable(self, state: TrainableState | None) -> None:
+        """Continue from a collected state, bit for bit. Collective: every rank calls this.
+
+        It may come from another ZeRO stage or number of ranks. Learning rates and other hyperparameters stay those
+        that this engine was made with; the schedule continues at the state's step.
+
+        Args:
+            state: read on rank 0 only; other ranks may pass None.
+
+        Raises:
+            CheckpointError: on every rank: names or shapes are not this model's.
+        """
+        header = [None if state is None else (state.step, state.loss_scaler)]
+        dist.broadcast_object_list(header, src=0, group=self._control_group)
+        step, loss_scaler = header[0] or (0, {})
+        self._resharder.restore(None if state is None else state.parameters, step)
+        if self._dynamic_loss_scaler:
+            for key, value in loss_scaler.items():
+                setattr(self._dynamic_loss_scaler, key, value)
+        self._num_updates = step
+        self.zero_gradients()
+        self._refresh_model_weights()
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers. Collective: every rank calls this, before the groups end."""
+        dist.barrier(group=self._control_group)
+        self._deepspeed.destroy()
+        release_zero_init()
+
+    @property
+    def _dynamic_loss_scaler(self) -> Any | None:
+        """float16 only."""
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return scaler if scaler is not None and scaler.dynamic else None
+
+    def _to_device(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = self.compute_dtype if value.is_floating_point() else value.dtype
+        return value.to(device=self.device, dtype=dtype, non_blocking=True)
+
+    def _zero_partitioned_gradients(self) -> None:
+        """Zero what DeepSpeed keeps of a gradient from step to step.
+
+        ZeRO-3 never zeroes a parameter's gradient partition: one that gets no gradient in the next step (a vision
+        adapter in a step of text) would silently be updated with this one's again.
+        """
+        if self.zero_stage < 3:
+            return
+        self._zero.grad_partitions_flat_buffer.zero_()
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            if flat.grad is not None:  # kept with optimizer offload
+                flat.grad.zero_()
+
+    @torch.no_grad()
+    def _refresh_model_weights(self) -> None:
+        """Round the masters into the weights that the model computes with. Collective."""
+        zero = self._zero
+        if self.zero_stage < 3:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if zero.persistent_parameters:  # small ones stay gathered between the steps
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
+
+def _compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
+    if ds_config["bf16"]["enabled"]:
+        return torch.bfloat16
+    return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
+
+
+def _trainable_names(
+    model: nn.Module, param_groups: Sequence[Mapping[str, Any]], compute_dtype: torch.dtype
+) -> dict[int, str]:
+    """`id(parameter)` -> name; checks that the groups hold exactly the trainable parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not names:
+        raise ModelError("no parameter is trainable; check peft_config.yaml: target_modules and the tower policy")
+    grouped = [id(parameter) for group in param_groups for parameter in group["params"]]
+    forgotten = [name for key, name in names.items() if key not in set(grouped)]
+    if forgotten or len(set(grouped)) != len(grouped) or set(grouped) - set(names):
+        raise ModelError(
+            f"the optimizer's groups are not the {len(names)} trainable parameters: {len(forgotten)} missing "
+            f"{forgotten[:1]}, {len(grouped) - len(set(grouped))} twice, {len(set(grouped) - set(names))} frozen"
+        )
+    if compute_dtype is torch.float32:
+        wrong = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
+        if wrong:
+            raise ModelError(
+                "bf16 and fp16 are false in train_config.yaml, but the model was loaded in "
+                f"{', '.join(sorted(wrong))}; set loading_params.torch_dtype: float32, or bf16: true"
+            )
+    return names

@@ -1,0 +1,187 @@
+"""Collecting the trainable parameters and the optimizer's moments by name, and putting them back, bit for bit.
+
+Everything travels as float32 over a gloo group of CPU tensors: rank 0 gathers, each other rank sends only what it owns.
+The layout of every rank is computed, not asked for, so that a state collected from one ZeRO stage and number of ranks
+can be restored into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlm_dist.engine.partitions import Partitions, Piece
+from vlm_dist.engine.trainable_state import NamedState
+from vlm_dist.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+GROUP_HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+
+
+class Resharder:
+    """Moves state between the flat tensors of all ranks and whole tensors on rank 0.
+
+    Args:
+        partitions: who owns what.
+        optimizer: torch's Adam or AdamW, whose parameters are the flat tensors.
+        group: a gloo group of all ranks.
+    """
+
+    def __init__(self, partitions: Partitions, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup) -> None:
+        self._partitions = partitions
+        self._optimizer = optimizer
+        self._group = group
+        self._rank = dist.get_rank(group)
+        self._world_size = dist.get_world_size(group)
+
+    def collect(self) -> dict[str, NamedState] | None:
+        """All parameters on rank 0, None elsewhere. Collective: every rank calls this."""
+        masters = self._gather(self._flats())
+        moments = [self._gather(self._moment(key)) for key in MOMENTS]
+        if masters is None:
+            return None
+        return {
+            name: NamedState(master, *(moment[name] for moment in moments if moment is not None))
+            for name, master in masters.items()
+        }
+
+    def restore(self, parameters: Mapping[str, NamedState] | None, step: int) -> None:
+        """Fill the masters and the moments of all ranks. Collective: every rank calls this.
+
+        Args:
+            parameters: all of them; read on rank 0 only.
+            step: updates that the optimizer has applied.
+
+        Raises:
+            CheckpointError: on every rank, before anything is changed: the names or shapes are not this model's.
+        """
+        problem = self._misfit(parameters) if self._rank == 0 else None
+        shared = [problem]
+        dist.broadcast_object_list(shared, src=0, group=self._group)
+        if shared[0] is not None:
+            raise CheckpointError(shared[0])
+        self._create_optimizer_state(step)
+
+        def part(choose: Callable[[NamedState], Tensor]) -> dict[str, Tensor] | None:
+            return None if parameters is None else {name: choose(state) for name, state in parameters.items()}
+
+        self._scatter(part(lambda state: state.master), self._flats())
+        self._scatter(part(lambda state: state.exp_avg), self._moment("exp_avg"))
+        self._scatter(part(lambda state: state.exp_avg_sq), self._moment("exp_avg_sq"))
+
+    def step(self) -> int:
+        """Updates that the optimizer has applied; 0 before the first."""
+        steps = {int(state["step"]) for flat in self._partitions.flats if (state := self._optimizer.state.get(flat))}
+        assert len(steps) <= 1, f"parameter groups disagree on the number of updates: {steps}"
+        return steps.pop() if steps else 0
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Of the optimizer's groups, in order."""
+        return [
+            {key: group[key] for key in GROUP_HYPERPARAMETERS if key in group} for group in self._optimizer.param_groups
+        ]
+
+    def _flats(self) -> list[Tensor]:
+        return [flat.detach() for flat in self._partitions.flats]
+
+    def _moment(self, key: str) -> list[Tensor]:
+        """One of Adam's moments, laid out like the masters; zeros before the first update."""
+        states = [self._optimizer.state.get(flat) for flat in self._partitions.flats]
+        return [
+            state[key] if state else torch.zeros_like(flat, requires_grad=False)
+            for state, flat in zip(states, self._partitions.flats, strict=True)
+        ]
+
+    def _create_optimizer_state(self, step: int) -> None:
+        """What AdamW would create in its first step, at the given step."""
+        on_device = any(group.get("fused") or group.get("capturable") for group in self._optimizer.param_groups)
+        for flat in self._partitions.flats:
+            state = self._optimizer.state[flat]
+            device = flat.device if on_device else torch.device("cpu")
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+            for key in MOMENTS:
+                if key not in state:
+                    state[key] = torch.zeros_like(flat, requires_grad=False)
+
+    def _gather(self, flats: list[Tensor]) -> dict[str, Tensor] | None:
+        """Send this rank's pieces to rank 0, which puts them together."""
+        sizes = [sum(piece.num_elements for piece in self._partitions.pieces(r)) for r in range(self._world_size)]
+        sent = torch.zeros(max(sizes), dtype=torch.float32)  # gather wants equal sizes
+        start = 0
+        for piece in self._partitions.pieces(self._rank):
+            sent[start : start + piece.num_elements].copy_(_run(flats, piece))
+            start += piece.num_elements
+        received = [torch.empty_like(sent) for _ in sizes] if self._rank == 0 else None
+        dist.gather(sent, received, dst=0, group=self._group)
+        if received is None:
+            return None
+        whole = {name: torch.empty(shape.numel()) for name, shape in self._partitions.shapes.items()}
+        filled = dict.fromkeys(whole, 0)
+        for rank, buffer in enumerate(received):
+            start = 0
+            for piece in self._partitions.pieces(rank):
+                target = whole[piece.name][piece.param_start : piece.param_start + piece.num_elements]
+                target.copy_(buffer[start : start + piece.num_elements])
+                start += piece.num_elements
+                filled[piece.name] += piece.num_elements
+        for name, tensor in whole.items():
+            # An ungathered tensor would have shape (0,) and save without error.
+            assert filled[name] == tensor.numel() > 0, f"{name}: got {filled[name]} of {tensor.numel()} elements"
+        return {name: tensor.view(self._partitions.shapes[name]) for name, tensor in whole.items()}
+
+    def _scatter(self, whole: Mapping[str, Tensor] | None, flats: list[Tensor]) -> None:
+        """Receive this rank's pieces from rank 0, and write them into the flat tensors."""
+        sizes = [sum(piece.num_elements for piece in self._partitions.pieces(r)) for r in range(self._world_size)]
+        received = torch.empty(max(sizes), dtype=torch.float32)
+        buffers = None
+        if self._rank == 0:
+            assert whole is not None
+            buffers = [torch.zeros_like(received) for _ in sizes]
+            for rank, buffer in enumerate(buffers):
+                start = 0
+                for piece in self._partitions.pieces(rank):
+                    source = whole[piece.name].reshape(-1)[piece.param_start : piece.param_start + piece.num_elements]
+                    buffer[start : start + piece.num_elements].copy_(source)
+                    start += piece.num_elements
+        dist.scatter(received, buffers, src=0, group=self._group)
+        start = 0
+        for piece in self._partitions.pieces(self._rank):
+            _run(flats, piece).copy_(received[start : start + piece.num_elements])
+            start += piece.num_elements
+
+    def _misfit(self, parameters: Mapping[str, NamedState] | None) -> str | None:
+        """Why a state cannot be restored into this model; None if it can."""
+        if parameters is None:
+            return "rank 0 has no trainable state to restore"
+        shapes = self._partitions.shapes
+        missing = sorted(set(shapes) - set(parameters))
+        unexpected = sorted(set(parameters) - set(shapes))
+        differing = [
+            f"{name}: {tuple(parameters[name].master.shape)} in the checkpoint, {tuple(shape)} in the model"
+            for name, shape in shapes.items()
+            if name in parameters and any(t.shape != shape for t in vars(parameters[name]).values())
+        ]
+        reasons = []
+        if missing:
+            reasons.append(f"{len(missing)} trainable parameters are not in it, e.g. {missing[0]}")
+        if unexpected:
+            reasons.append(f"{len(unexpected)} of its parameters are not trainable here, e.g. {unexpected[0]}")
+        if differing:
+            reasons.append(f"{len(differing)} shapes differ, e.g. {differing[0]}")
+        if not reasons:
+            return None
+        return (
+            "the checkpoint does not fit the model: "
+            + "; ".join(reasons)
+            + ". Was peft_config.yaml (r, target_modules, "
+            "tower policy) or the model changed? Use the checkpoint's resolved_config.yaml, or a new output_dir."
+        )
+
+
+def _run(flats: list[Tensor], piece: Piece) -> Tensor:
+    """The piece's elements in this rank's flat tensors, as a view."""
+    return flats[piece.flat].view(-1)[piece.flat_start : piece.flat_start + piece.num_elements]

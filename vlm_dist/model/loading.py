@@ -1,0 +1,190 @@
+"""Loading of processors and models, from local directories and from the hub alike.
+
+`device_map` is never passed on: under DeepSpeed the engine places the model (ZeRO-3 even before the weights are read),
+and a model that accelerate has already spread over devices cannot be partitioned.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_dist.errors import ConfigError, ModelError
+from vlm_dist.model.loading_errors import check_present, translated
+from vlm_dist.model.processor_params import apply_processor_params, split_processor_params
+from vlm_dist.model.registry import ClassNames, resolve_class
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+
+#: Keys of loading_params and processor_params that are read here and go nowhere else as they are.
+_OWN_KEYS = ("torch_dtype", "dtype", "device_map", "trust_remote_code", "revision")
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The dtype of a name such as "torch.bfloat16" or "bfloat16".
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    dtype = _DTYPES.get(name.removeprefix("torch."))
+    if dtype is None:
+        raise ConfigError(f"loading_params.torch_dtype: got {name!r}, expected one of torch.bfloat16, torch.float16, torch.float32")
+    return dtype
+
+
+def load_processor(
+    model_id: str, entry: ClassNames, processor_params: Any = None, loading_params: Any = None
+) -> Any:
+    """The processor (tokenizer, image and video processor, chat template) of a model.
+
+    Args:
+        model_id: hub id or local directory.
+        entry: the model's row of `model_classes`.
+        processor_params: `trust_remote_code` and any argument of the processor or of its parts.
+        loading_params: only `revision` is read: model and processor come from the same one.
+
+    Raises:
+        ModelError: it cannot be found or loaded, or a parameter is not one of its own.
+    """
+    params = _as_dict(processor_params)
+    trust_remote_code = bool(params.pop("trust_remote_code", False))
+    revision = params.pop("revision", None) or _as_dict(loading_params).get("revision")
+    check_present(model_id, revision, weights=False, processor=True)
+    processor_class = resolve_class(
+        entry, "processor_class", model_id, trust_remote_code=trust_remote_code, revision=revision
+    )
+    own, of_parts = split_processor_params(processor_class, params)
+    with translated(model_id, revision, "load the processor of"):
+        processor = processor_class.from_pretrained(
+            model_id, trust_remote_code=trust_remote_code, revision=revision or "main", **own
+        )
+    apply_processor_params(processor, of_parts, model_id)
+    return processor
+
+
+def load_model(
+    model_id: str, entry: ClassNames, loading_params: Any = None, dtype: str | torch.dtype | None = None
+) -> nn.Module:
+    """The pretrained model, in training form: `use_cache` off.
+
+    The caller gives the context: under ZeRO-3 it enters the engine's, and `from_pretrained` then partitions while it
+    loads. Collective under ZeRO-3: every rank calls this.
+
+    Args:
+        model_id: hub id or local directory.
+        entry: the model's row of `model_classes`.
+        loading_params: `torch_dtype`, `trust_remote_code`, `attn_implementation`, `revision`, and whatever else
+            `from_pretrained` takes; `device_map` is left out, the engine places the model.
+        dtype: of all weights; default is `torch_dtype` of loading_params, then the checkpoint's own.
+
+    Raises:
+        ModelError: it cannot be found or loaded, or the checkpoint lacks weights of the model.
+    """
+    params = _as_dict(loading_params)
+    wanted = dtype or params.get("torch_dtype") or params.get("dtype")
+    trust_remote_code = bool(params.get("trust_remote_code", False))
+    revision = params.get("revision")
+    if params.get("device_map") not in (None, "cpu"):
+        logger.info("device_map %r is not used: under DeepSpeed the engine places the model", params["device_map"])
+    check_present(model_id, revision, weights=True, processor=False)
+    model_class = resolve_class(entry, "model_class", model_id, trust_remote_code=trust_remote_code, revision=revision)
+    _check_model_type(model_class, model_id, entry, trust_remote_code, revision)
+    rest = {key: value for key, value in params.items() if key not in _OWN_KEYS}
+    with translated(model_id, revision, "load"):
+        model, info = model_class.from_pretrained(
+            model_id,
+            dtype="auto" if wanted is None else parse_dtype(wanted),
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            output_loading_info=True,
+            **rest,
+        )
+    _check_complete(model, model_id, info)
+    _switch_cache_off(model)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _as_dict(params: Any) -> dict[str, Any]:
+    """A section of the config, given as a mapping or as a pydantic model, without its empty values."""
+    if params is None:
+        return {}
+    values = params.model_dump() if hasattr(params, "model_dump") else dict(params)
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _check_model_type(
+    model_class: type[Any], model_id: str, entry: ClassNames, trust_remote_code: bool, revision: str | None
+) -> None:
+    """Refuse a checkpoint of another architecture: transformers only warns, and starts from random weights."""
+    expected = getattr(getattr(model_class, "config_class", None), "model_type", None)
+    if not expected:
+        return  # an Auto class, which goes by the checkpoint's own type
+    from transformers import PretrainedConfig
+
+    with translated(model_id, revision, "read the config of"):
+        config, _ = PretrainedConfig.get_config_dict(
+            model_id, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    found = config.get("model_type")
+    if found is None or found == expected:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NATIVE
+
+    names = NATIVE.get(found)
+    name = names[0] if isinstance(names, tuple | list) else names
+    hint = f"Its class is {name}" if name else f"Its own class is among {config.get('architectures')}"
+    raise ModelError(
+        f"{model_id}: the checkpoint is a {found!r}, but model_class {entry.model_class} loads {expected!r}. "
+        f"{hint}; correct model_class and processor_class of this model in vlm_model_config.yaml."
+    )
+
+
+def _check_complete(model: nn.Module, model_id: str, info: Mapping[str, Any]) -> None:
+    """Refuse newly initialised weights: training would go on with noise, and the loss would only look high."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(set(info["missing_keys"]) - tied)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ModelError(
+            f"{model_id}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, which would start "
+            f"random: {shown}. Copy the checkpoint again, or correct model_class in vlm_model_config.yaml."
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        logger.warning(
+            "%s: %d weights of the checkpoint are not used by %s: %s%s",
+            model_id,
+            len(unexpected),
+            type(model).__name__,
+            ", ".join(unexpected[:5]),
+            " …" if len(unexpected) > 5 else "",
+        )
+
+
+def _switch_cache_off(model: Any) -> None:
+    """No key-value cache in training: it costs memory, and with a packed row it lets samples see each other."""
+    for config in {id(c): c for c in (model.config, *_sub_configs(model.config))}.values():
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+
+
+def _sub_configs(config: Any) -> list[Any]:
+    names = getattr(config, "sub_configs", None) or {}
+    return [sub for name in names if (sub := getattr(config, name, None)) is not None]

@@ -1,0 +1,130 @@
+"""Which modules of a model are its vision tower, its projector, its language model and its head.
+
+Found through the accessors that all families share, not through a table of families.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from vlm_dist.errors import ModelError
+
+#: The towers that a policy can name. `head` is a fourth place, never trained: it is shared with the embeddings in many
+#: models, and as large as many layers.
+TOWERS = ("vision", "projector", "language")
+
+#: Children of a vision tower that map its features into the language model's space.
+_MERGERS = ("merger", "deepstack_merger_list", "downsample", "multi_modal_projector")
+
+_VISION_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "img_processor")
+_LANGUAGE_NAMES = ("language_model", "text_model", "decoder")
+
+#: Tower -> full names of the modules that are its roots; the longest root that is a prefix decides.
+Towers = Mapping[str, tuple[str, ...]]
+
+
+def find_towers(model: nn.Module) -> Towers:
+    """The roots of each tower.
+
+    Args:
+        model: a transformers model without adapter.
+
+    Returns:
+        `{"vision": names, "projector": names, "language": names, "head": names}`; a model without a vision tower has
+        no names under "vision".
+
+    Raises:
+        ModelError: no language model can be told apart.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    vision = _root(names, _encoder(model))
+    language = _root(names, _decoder(model))
+    head = _root(names, model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None)
+    if not language:
+        if vision:
+            raise ModelError(f"{type(model).__name__}: cannot tell its language model from the rest (no get_decoder()).")
+        return {"vision": (), "projector": (), "language": ("",), "head": head}
+    mergers = tuple(
+        f"{root}.{name}" for root in vision for name, _ in model.get_submodule(root).named_children() if name in _MERGERS
+    )
+    projector = mergers + tuple(_rest(model, "", (*vision, *language, *head)))
+    return {"vision": vision, "projector": projector, "language": language, "head": head}
+
+
+def tower_of(name: str, towers: Towers) -> str:
+    """The tower of a module or parameter, by its full name in the model without adapter.
+
+    A parameter that stands beside the towers (such as `image_newline`) counts as projector.
+    """
+    best, length = "projector", -1
+    for tower, roots in towers.items():
+        for root in roots:
+            if len(root) > length and (root in ("", name) or name.startswith(root + ".")):
+                best, length = tower, len(root)
+    return best
+
+
+def without_gradient(model: nn.Module, towers: Towers) -> tuple[str, ...]:
+    """Roots of vision layers whose output nothing reads, so that an adapter there would never get a gradient.
+
+    LLaVA takes the features of an inner layer (`vision_feature_layer`, such as -2) and drops what comes after.
+    """
+    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if chosen is None:
+        return ()
+    unused: list[str] = []
+    for root in towers["vision"]:
+        for name, module in model.get_submodule(root).named_modules():
+            if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] in ("layers", "layer", "blocks"):
+                count = len(module)  # hidden state i is the input of layer i; the last is the output
+                indices = [chosen] if isinstance(chosen, int) else list(chosen)
+                used = max(index if index >= 0 else count + 1 + index for index in indices)
+                unused += [f"{root}.{name}.{index}" for index in range(used, count)]
+                break
+    return tuple(unused)
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    getter = getattr(model, "get_encoder", None)
+    if getter is not None and "modality" in inspect.signature(getter).parameters:
+        found: nn.Module = getter(modality="image")
+        if found is not model and found is not getattr(model, "model", None):
+            return found
+    return _first_named(model, _VISION_NAMES)
+
+
+def _decoder(model: Any) -> nn.Module | None:
+    getter = getattr(model, "get_decoder", None)
+    if getter is not None:
+        found: nn.Module | None = getter()
+        if found is not None and found is not model:
+            return found
+    return _first_named(model, _LANGUAGE_NAMES)
+
+
+def _first_named(model: nn.Module, wanted: Iterable[str]) -> nn.Module | None:
+    """The shallowest module with one of these names."""
+    wanted = set(wanted)
+    found = [(name.count("."), name, module) for name, module in model.named_modules() if name.split(".")[-1] in wanted]
+    return min(found, key=lambda item: item[:2])[2] if found else None
+
+
+def _root(names: Mapping[int, str], module: nn.Module | None) -> tuple[str, ...]:
+    name = None if module is None else names.get(id(module))
+    return (name,) if name else ()
+
+
+def _rest(model: nn.Module, prefix: str, taken: tuple[str, ...]) -> Iterable[str]:
+    """The largest modules with parameters that neither are nor hold one of `taken`."""
+    for child, module in model.get_submodule(prefix).named_children():
+        name = f"{prefix}.{child}" if prefix else child
+        if name in taken:
+            continue
+        if any(root.startswith(name + ".") for root in taken):
+            yield from _rest(model, name, taken)
+        elif any(True for _ in module.parameters()):
+            yield name

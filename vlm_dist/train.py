@@ -1,0 +1,77 @@
+"""Train: `python -m vlm_dist.train`, `deepspeed -m vlm_dist.train`, or one task per GPU under srun.
+
+    python -m vlm_dist.train --config configs/run.yaml --set train.learning_rate=1e-4
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from vlm_dist.errors import ExitCode, VlmDistError
+
+DEFAULT_CONFIG = Path("configs/run.yaml")
+
+#: How long a rank other than 0 keeps quiet with an error, so that rank 0 tells it first (they share one cause and one log).
+QUIET_SECONDS = 10
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlm_dist.train",
+        description="Fine-tune a vision-language model with LoRA. The run file names the model, the data and the settings.",
+        epilog="Also: deepspeed --num_gpus 8 -m vlm_dist.train --config RUN.yaml; sbatch slurm/train.sbatch",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="RUN.yaml", help="run file (%(default)s)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change a value, such as train.learning_rate=1e-4; may be given several times",
+    )
+    # DeepSpeed's launcher hands every process its local rank; the environment has it too.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; gives back the exit code (see `vlm_dist.errors.ExitCode`)."""
+    options = parse_arguments(arguments)
+    try:
+        from vlm_dist.config import load_run
+
+        config = load_run(options.config, options.overrides)
+        from vlm_dist.build import train  # torch, transformers and DeepSpeed come in here, after the config is known to be good
+
+        return int(train(config))
+    except VlmDistError as error:
+        tell(error)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def tell(error: VlmDistError) -> None:
+    """Print an error once for all ranks that share it.
+
+    A launcher that loses a rank ends the others. So rank 0 speaks, and another rank speaks only if it has not been ended
+    by then: the error was its own.
+    """
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if signal.sigtimedwait({signal.SIGTERM}, QUIET_SECONDS) is None:
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

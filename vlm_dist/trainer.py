@@ -1,0 +1,202 @@
+"""The loop. A step fetches its micro-batches, counts their targets, runs them, updates, reports, evaluates, saves.
+
+Step `i` (from 0) is the i-th optimizer update; "position" is the number of steps that are done. The loop knows
+nothing of files, processes or DeepSpeed: it is given parts that do.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from vlm_dist.data.feed import FeedStep, StepFeed
+from vlm_dist.data.types import StepPlan
+from vlm_dist.distributed.group import Ranks
+from vlm_dist.engine import Engine, StepOutcome
+from vlm_dist.errors import DataError
+from vlm_dist.loss import token_loss_sum
+from vlm_dist.observability.log import MetricLog
+from vlm_dist.observability.window import MetricWindow
+
+
+class Ending(enum.Enum):
+    """Why the loop ended."""
+
+    COMPLETE = "complete"
+    STOPPED_AT = "stopped at stop_at_step"
+    PREEMPTED = "asked to stop by a signal"
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When things happen, in steps; 0 is never."""
+
+    num_steps: int
+    logging_steps: int
+    eval_steps: int
+    save_steps: int
+    stop_at_step: int | None = None
+    eval_on_start: bool = False
+
+    @property
+    def last_step(self) -> int:
+        """The position at which this run ends, though the schedule may go on."""
+        return min(self.num_steps, self.stop_at_step or self.num_steps)
+
+    def due(self, position: int, interval: int) -> bool:
+        """Whether something done every `interval` steps, and at the very end of training, is due."""
+        return interval > 0 and (position % interval == 0 or position == self.num_steps)
+
+
+class Evaluates(Protocol):
+    """What the loop needs of an evaluator."""
+
+    def run(self, position: int) -> Mapping[str, float]:
+        """Evaluate at a position. Collective: every rank calls this."""
+
+
+class Saves(Protocol):
+    """What the loop needs of a checkpoint store bound to this run."""
+
+    def __call__(self, position: int) -> str:
+        """Write a checkpoint and name it. Collective: every rank calls this."""
+
+
+def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
+    """Make what is random in a forward a function of the plan alone, so that no random state has to be saved.
+
+    Args:
+        seed: of the run.
+        step: of the plan.
+        micro_batch: index in the step over all ranks; the same micro-batch has the same dropout on any rank.
+    """
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB) % 2**63
+    torch.manual_seed(mixed)
+
+
+class Trainer:
+    """Runs the plan from a position to its end.
+
+    Args:
+        engine: model and optimizer.
+        feed: yields the steps from `start` on, agreed by all ranks.
+        ranks: this process among its peers.
+        cadence: when to log, evaluate, save and end.
+        log: where figures and messages go.
+        save: writes a checkpoint of a position.
+        evaluator: None without held-out data.
+        seed: of the run.
+        start: number of steps that are done already.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        feed: StepFeed,
+        ranks: Ranks,
+        cadence: Cadence,
+        log: MetricLog,
+        save: Saves,
+        evaluator: Evaluates | None,
+        seed: int,
+        start: int,
+    ) -> None:
+        self.engine = engine
+        self.feed = feed
+        self.ranks = ranks
+        self.cadence = cadence
+        self.log = log
+        self.save = save
+        self.evaluator = evaluator
+        self.seed = seed
+        self.position = start
+        self._saved_at = start if start else -1
+        self._evaluated_at = -1
+        self._window = MetricWindow()
+
+    def run(self) -> Ending:
+        """Train. Collective: every rank calls this.
+
+        Raises:
+            DataError: a rank's storage failed; a checkpoint was written first.
+        """
+        if self.cadence.eval_on_start and self.position == 0:
+            self._evaluate()
+        for fetched in self.feed:
+            if fetched.verdict.ranks_with("fetch_error"):
+                self._save()
+                raise self._fetch_failure(fetched)
+            if fetched.verdict.ranks_with("stop"):
+                self._save()
+                return Ending.PREEMPTED
+            outcome = self._train_step(fetched)
+            self.position = fetched.plan.step + 1
+            self._report(fetched.plan, outcome)
+            if self.cadence.due(self.position, self.cadence.eval_steps):
+                self._evaluate()
+            if self.cadence.due(self.position, self.cadence.save_steps):
+                self._save()
+            if self.position >= self.cadence.last_step:
+                break
+        self._save()
+        return Ending.COMPLETE if self.position >= self.cadence.num_steps else Ending.STOPPED_AT
+
+    def _train_step(self, fetched: FeedStep) -> StepOutcome | None:
+        """One optimizer update; None where no rank has a target token, so that there is nothing to learn."""
+        totals = fetched.verdict.total
+        loss_sum = torch.zeros((), dtype=torch.float32)
+        outcome = None
+        if totals["num_target_tokens"]:
+            for micro_batch in fetched.micro_batches:
+                seed_micro_batch(self.seed, micro_batch.job.step, micro_batch.job.micro_batch)
+                logits = self.engine.forward(micro_batch.inputs)
+                micro_loss = token_loss_sum(logits, micro_batch.labels.to(logits.device))
+                self.engine.backward(micro_loss, totals["num_target_tokens"])
+                loss_sum = loss_sum.to(micro_loss.device) + micro_loss.detach()
+            outcome = self.engine.step()
+        self._window.add(loss_sum=loss_sum, totals=totals, data_wait_seconds=fetched.data_wait_seconds)
+        return outcome
+
+    def _report(self, plan: StepPlan, outcome: StepOutcome | None) -> None:
+        """Log the window when it is due; the only place that waits for the device."""
+        if not self.cadence.due(self.position, self.cadence.logging_steps):
+            self.log.advance(self.position)
+            return
+        sums = torch.tensor(self._window.rank_sums(), dtype=torch.float64)
+        dist.all_reduce(sums, group=self.ranks.control)
+        metrics = self._window.flush(
+            sums=sums.tolist(),
+            world_size=self.ranks.world_size,
+            step=self.position,
+            num_steps=self.cadence.num_steps,
+            epoch=plan.epoch,
+            learning_rate=outcome.learning_rate if outcome else 0.0,
+            grad_norm=outcome.grad_norm if outcome else None,
+        )
+        self.log.log_step(metrics)
+
+    def _evaluate(self) -> None:
+        if self.evaluator is None or self._evaluated_at == self.position:
+            return
+        self._evaluated_at = self.position
+        self.log.log_eval(self.position, dict(self.evaluator.run(self.position)))
+        self._window.restart_clock()
+
+    def _save(self) -> None:
+        if self._saved_at == self.position or self.position == 0:
+            return
+        self._saved_at = self.position
+        self.log.message(f"checkpoint written: {self.save(self.position)}")
+        self._window.restart_clock()
+
+    def _fetch_failure(self, fetched: FeedStep) -> DataError:
+        """Every rank learns what went wrong where, so that whichever log is read has it."""
+        messages: list[Any] = self.ranks.gather_objects(str(fetched.error) if fetched.error else None)
+        rank, message = next((r, m) for r, m in enumerate(messages) if m)
+        return DataError(f"step {fetched.plan.step}, rank {rank}: {message}")
