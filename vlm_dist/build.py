@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import torch
 import yaml
 
 from vlm_dist.checkpoint import (
@@ -30,6 +29,7 @@ from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch, resolve_i
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.purposes import ByPurpose, PurposePool
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.sources import open_source
 from vlm_dist.data.types import Source
@@ -43,7 +43,14 @@ from vlm_dist.engine import Engine, load_deepspeed_json, merge_deepspeed_config,
 from vlm_dist.errors import CheckpointError, ConfigError, ExitCode
 from vlm_dist.evaluate import Evaluator
 from vlm_dist.families import Family, family_for
-from vlm_dist.model import attach_adapter, enable_gradient_checkpointing, format_tower_table, load_model, load_processor, tower_table
+from vlm_dist.model import (
+    attach_adapter,
+    enable_gradient_checkpointing,
+    format_tower_table,
+    load_model,
+    load_processor,
+    tower_table,
+)
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.logging_setup import configure_logging
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
@@ -126,6 +133,14 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
                 sources, processor, family, config.collator, towers, train_config.seed, for_generation=for_generation
             )
 
+        materialise = ByPurpose(
+            {
+                "train": materialiser(train_sources),
+                "eval": materialiser(eval_sources),
+                "generate": materialiser(eval_sources, for_generation=True),
+            }
+        )
+
         # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone.
         entry = config.model.entry(config.model_id)
         merge = _ds_merger(config, ds_json, ranks)
@@ -155,7 +170,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
 
         # The loop's own parts; whatever has processes or files is closed with the stack.
         quarantine = stack.enter_context(Quarantine(train_config.output_dir, ranks.rank))
-        pool = WorkerPool(materialiser(train_sources), train_config.dataloader_num_workers)
+        pool = WorkerPool(materialise, train_config.dataloader_num_workers)
         stack.callback(pool.close)
         feed = StepFeed(
             plan,
@@ -169,7 +184,6 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             quarantine=quarantine,
         )
         stack.callback(feed.close)
-        evaluator = make_evaluator(config, ranks, engine, eval_sources, materialiser, processor) if eval_sources else None
         log.start(start_step=start, num_steps=plan.num_steps)
         stack.push(log)
 
@@ -181,10 +195,8 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
                 ranks=ranks,
                 cadence=cadence,
                 log=log,
-                save=lambda position: str(
-                    save_checkpoint(store, engine, ranks, position, facts(plan.state(position)))
-                ),
-                evaluator=evaluator,
+                save=lambda position: str(save_checkpoint(store, engine, ranks, position, facts(plan.state(position)))),
+                evaluator=make_evaluator(config, ranks, engine, eval_sources, pool, processor),
                 seed=train_config.seed,
                 start=start,
             ),
@@ -198,17 +210,28 @@ def open_sources(config: RunConfig, which: str, ranks: Ranks) -> list[Source]:
 
     The first process of a node goes first: what has no index is indexed once, and the others find it.
     """
-    columns = config.collator.dataset_columns.model_dump()
-    media = {columns[key] for key in ("image_column", "video_column") if columns.get(key)}
     opened: list[Source] = []
     for turn in (True, False):
         with agree_on_failure(ranks):
             if (ranks.topology.local_rank == 0) is turn:
-                settings = getattr(config.data, which)
-                if which == "train" and not settings:
-                    raise ConfigError("data_config.yaml: data.train is empty; name at least one source of samples")
-                opened = [open_source(one, config.data.index_dir, media) for one in settings]
-                check_columns(config, opened)
+                opened = open_sources_alone(config, which)
+    return opened
+
+
+def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
+    """Open `data.train` or `data.eval` in this process.
+
+    Raises:
+        ConfigError: there are none, or a column is missing.
+        DataError: a source cannot be opened.
+    """
+    settings = getattr(config.data, which)
+    if which == "train" and not settings:
+        raise ConfigError("data_config.yaml: data.train is empty; name at least one source of samples")
+    columns = config.collator.dataset_columns.model_dump()
+    media = {columns[key] for key in ("image_column", "video_column") if columns.get(key)}
+    opened = [open_source(one, config.data.index_dir, media) for one in settings]
+    check_columns(config, opened)
     return opened
 
 
@@ -231,7 +254,9 @@ def check_columns(config: RunConfig, sources: list[Source]) -> None:
             there = "; ".join(f"{source.name} has {', '.join(source.columns)}" for source in lacking)
             problems.append(f"dataset_columns.{key}: no column {column!r}: {there}")
     if problems:
-        raise ConfigError("\n".join(problems) + "\nfix: correct dataset_columns in vlm_collator_config.yaml, or the source's columns")
+        raise ConfigError(
+            "\n".join(problems) + "\nfix: correct dataset_columns in vlm_collator_config.yaml, or columns of the source"
+        )
 
 
 def towers_in_use(config: RunConfig, family: Family, sources: list[Source]) -> frozenset[str]:
@@ -298,11 +323,7 @@ def _prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks)
     """Refuse to mix two runs in one directory; write the resolved config. Collective: every rank calls this."""
     output_dir = config.train.output_dir
     with agree_on_failure(ranks):
-        if not ranks.is_main:
-            return_early = True
-        else:
-            return_early = False
-        if not return_early:
+        if ranks.is_main:
             if config.train.resume is False and store.latest() is not None:
                 raise CheckpointError(
                     f"{output_dir} has checkpoints of an earlier run, and resume is false; set train.resume=auto to continue "
@@ -315,7 +336,9 @@ def _prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks)
                 raise ConfigError(f"train.output_dir: cannot write to {output_dir}: {error}") from error
 
 
-def _ds_merger(config: RunConfig, ds_json: dict[str, Any], ranks: Ranks) -> Callable[[int | None], tuple[dict[str, Any], list[Any]]]:
+def _ds_merger(
+    config: RunConfig, ds_json: dict[str, Any], ranks: Ranks
+) -> Callable[[int | None], tuple[dict[str, Any], list[Any]]]:
     """Merge DeepSpeed's config; the number of trainable parameters is known only when the model is loaded."""
     num_nodes = max(1, ranks.world_size // ranks.topology.local_world_size)
     return lambda num_trainable: merge_deepspeed_config(
@@ -330,7 +353,9 @@ def _ds_merger(config: RunConfig, ds_json: dict[str, Any], ranks: Ranks) -> Call
     )
 
 
-def _run_facts(config: RunConfig, batch: BatchArithmetic, engine: Engine, ranks: Ranks) -> Callable[[dict[str, Any]], RunFacts]:
+def _run_facts(
+    config: RunConfig, batch: BatchArithmetic, engine: Engine, ranks: Ranks
+) -> Callable[[dict[str, Any]], RunFacts]:
     """What a checkpoint says besides tensors, given the plan's state."""
     train_config = config.train
     versions = {name: version(name) for name in ("vlm-dist", "torch", "transformers", "peft", "deepspeed")}
@@ -341,13 +366,35 @@ def _run_facts(config: RunConfig, batch: BatchArithmetic, engine: Engine, ranks:
         resolved_config=resolved,
         scheduler={
             key: getattr(train_config, key)
-            for key in ("lr_scheduler_type", "learning_rate", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps")
+            for key in (
+                "lr_scheduler_type",
+                "learning_rate",
+                "warmup_ratio",
+                "warmup_steps",
+                "num_train_epochs",
+                "max_steps",
+            )
         },
         versions={**versions, "python": platform.python_version()},
         topology={"world_size": ranks.world_size, "zero_stage": engine.zero_stage},
     )
 
 
-def make_evaluator(config: RunConfig, ranks: Ranks, engine: Engine, sources: list[Source], materialiser: Any, processor: Any) -> Evaluator:
-    """The held-out sources' evaluator."""
-    raise NotImplementedError
+def make_evaluator(
+    config: RunConfig, ranks: Ranks, engine: Engine, sources: list[Source], pool: WorkerPool, processor: Any
+) -> Evaluator | None:
+    """The held-out sources' evaluator; None where there are no such sources."""
+    if not sources:
+        return None
+    train_config = config.train
+    return Evaluator(
+        engine=engine,
+        ranks=ranks,
+        sources=sources,
+        pool=PurposePool(pool, "eval"),
+        per_device_eval_batch_size=train_config.per_device_eval_batch_size,
+        generation_pool=PurposePool(pool, "generate") if train_config.predict_with_generate else None,
+        tokenizer=getattr(processor, "tokenizer", processor),
+        max_new_tokens=train_config.generation_max_new_tokens,
+        predictions_dir=train_config.output_dir / "predictions",
+    )

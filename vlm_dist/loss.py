@@ -45,7 +45,8 @@ def token_loss_sum(
     targets = labels.new_full(labels.shape, ignore_index)
     targets[:, :-1] = labels[:, 1:]
     chunk = max(1, max_chunk_elements // logits.shape[-1])
-    return _ChunkedCrossEntropySum.apply(logits.flatten(0, 1), targets.flatten(), ignore_index, chunk)
+    total: Tensor = _ChunkedCrossEntropySum.apply(logits.flatten(0, 1), targets.flatten(), ignore_index, chunk)
+    return total
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):

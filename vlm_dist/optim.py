@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from vlm_dist.errors import ConfigError
 
+if TYPE_CHECKING:
+    from vlm_dist.config.train import TrainConfig
+
 #: The factor of the learning rate at a step (from 0): what the step-th optimizer update uses.
 LearningRateSchedule = Callable[[int], float]
-
-
-class OptimizerSettings(Protocol):
-    """The part of train_config.yaml that the optimizer and its schedule read."""
-
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def adam_beta1(self) -> float: ...
-    @property
-    def adam_beta2(self) -> float: ...
-    @property
-    def adam_epsilon(self) -> float: ...
-    @property
-    def lr_scheduler_type(self) -> str: ...
-    @property
-    def warmup_ratio(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -61,7 +43,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(settings: OptimizerSettings, groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
+def make_optimizer(settings: TrainConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW over these groups; torch's fused kernel on a GPU.
 
     Args:
@@ -81,7 +63,7 @@ def make_optimizer(settings: OptimizerSettings, groups: Iterable[dict[str, Any]]
     )
 
 
-def make_lr_schedule(settings: OptimizerSettings, num_steps: int) -> LearningRateSchedule:
+def make_lr_schedule(settings: TrainConfig, num_steps: int) -> LearningRateSchedule:
     """The learning rate's factor at each step, without state: resuming at a step needs nothing but the step.
 
     Step `i` (from 0) is the i-th update. During `w` warm-up steps the factor is (i + 1) / (w + 1), never 0, so that no

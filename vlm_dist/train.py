@@ -1,6 +1,6 @@
 """Train: `python -m vlm_dist.train`, `deepspeed -m vlm_dist.train`, or one task per GPU under srun.
 
-    python -m vlm_dist.train --config configs/run.yaml --set train.learning_rate=1e-4
+python -m vlm_dist.train --config configs/run.yaml --set train.learning_rate=1e-4
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
-from vlm_dist.errors import ExitCode, VlmDistError
+from vlm_dist.errors import VlmDistError
 
 DEFAULT_CONFIG = Path("configs/run.yaml")
 
-#: How long a rank other than 0 keeps quiet with an error, so that rank 0 tells it first (they share one cause and one log).
+#: How long a rank other than 0 keeps quiet with an error, so that rank 0 tells it first.
 QUIET_SECONDS = 10
 
 
@@ -23,11 +23,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vlm_dist.train",
-        description="Fine-tune a vision-language model with LoRA. The run file names the model, the data and the settings.",
+        description="Fine-tune a vision-language model with LoRA, as a run file says.",
         epilog="Also: deepspeed --num_gpus 8 -m vlm_dist.train --config RUN.yaml; sbatch slurm/train.sbatch",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="RUN.yaml", help="run file (%(default)s)")
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, metavar="RUN.yaml", help="run file (%(default)s)"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -48,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         from vlm_dist.config import load_run
 
         config = load_run(options.config, options.overrides)
-        from vlm_dist.build import train  # torch, transformers and DeepSpeed come in here, after the config is known to be good
+        from vlm_dist.build import (
+            train,
+        )  # torch, transformers and DeepSpeed come in here, after the config is known to be good
 
         return int(train(config))
     except VlmDistError as error:
@@ -61,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 def tell(error: VlmDistError) -> None:
     """Print an error once for all ranks that share it.
 
-    A launcher that loses a rank ends the others. So rank 0 speaks, and another rank speaks only if it has not been ended
-    by then: the error was its own.
+    A launcher that loses a rank ends the others. So rank 0 speaks, and another rank speaks only if it has not been
+    ended by then: the error was its own.
     """
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     if rank == 0:

@@ -69,7 +69,11 @@ def test_a_failure_of_all_ranks_is_told_once_and_plainly() -> None:
 
 
 def objects(ranks: Ranks) -> tuple[list[int], str, bool]:
-    return ranks.gather_objects(ranks.rank), ranks.broadcast_object("a" if ranks.is_main else None), ranks.any(ranks.rank == 1)
+    return (
+        ranks.gather_objects(ranks.rank),
+        ranks.broadcast_object("a" if ranks.is_main else None),
+        ranks.any(ranks.rank == 1),
+    )
 
 
 def test_objects_and_flags() -> None:

@@ -84,12 +84,12 @@ def _precision(draft: Draft) -> Iterator[Finding]:
     except ConfigError:  # the unknown model is a finding of its own
         own = None
     if own is not None and own.dtype_name != dtype:
-        dtype, dtype_path = own.dtype_name, ("model", "model_classes", str(draft.model_id))
+        dtype, dtype_path = own.dtype_name, ("model", "model_classes", str(draft.model_id), *dtype_path[1:])
     precision = draft.train.precision
     if dtype == precision:
         return
     if dtype == "float32":
-        message = f"the model is loaded in float32, then cast: training computes in {precision}"
+        message = f"float32 has no effect: the model is loaded in {precision}, in which training computes"
         yield Finding(dtype_path, message, also=(bf16, fp16), is_notice=True)
         return
     switches = f"train.bf16: {_yaml(draft.train.bf16)}, train.fp16: {_yaml(draft.train.fp16)}"
@@ -132,7 +132,7 @@ def _variables(collator: VlmCollatorConfig) -> Iterator[Finding]:
         if name in used:
             continue
         close = nearest(name, list(DatasetColumns.model_fields), cutoff=0.8)
-        if close is not None and close not in (columns.model_fields_set):
+        if close is not None:
             text = f"got an unknown key that message_format does not use; did you mean {close}?"
             yield Finding((*columns_path, name), text, also=(messages_path,))
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from vlm_dist.config.data import DataConfig
@@ -14,6 +13,7 @@ from vlm_dist.config.section import Name, PathField, Section
 from vlm_dist.config.train import TrainConfig
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
 from vlm_dist.config.vlm_model import ModelClassEntry, VlmModelConfig
+from vlm_dist.config.yaml_document import dump_yaml
 
 #: Section -> its schema; the order is that of reports.
 SECTIONS: dict[str, type[Section]] = {
@@ -74,7 +74,11 @@ class RunConfig(Section):
         """All values, defaults included, as YAML knows them."""
         return self.model_dump(mode="json")
 
+    def to_yaml(self) -> str:
+        """The resolved configuration as text; `load_run` reads such a file as well as a run file."""
+        title = "# The resolved configuration of a run: all values, wherever they came from.\n"
+        return title + dump_yaml(self.dump())
+
     def write(self, path: Path) -> None:
-        """Write the resolved configuration; `load_run` reads such a file as well as a run file."""
-        text = yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=120)
-        path.write_text("# The resolved configuration of a run: all values, whatever they came from.\n" + text, "utf-8")
+        """Write `to_yaml()` to a file."""
+        path.write_text(self.to_yaml(), encoding="utf-8")

@@ -61,11 +61,30 @@ class _NumberLoader(yaml.SafeLoader):
     """SafeLoader that reads `1e-5`, `1.e5` and `.5E3` as numbers, as YAML 1.2 does."""
 
 
-_NumberLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _NumberDumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which that loader would read as a number, such as a run named `1e5`."""
+
+
+for _class in (_NumberLoader, _NumberDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """PyYAML folds Unicode line breaks inside single quotes, and reads them back as spaces."""
+    style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_NumberDumper.add_representer(str, _represent_text)
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML that `parse_document` reads back to the same value."""
+    return str(yaml.dump(value, Dumper=_NumberDumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def display_path(path: Path) -> str:
@@ -98,8 +117,8 @@ def parse_document(text: str, source: str, *, has_lines: bool = True) -> Documen
         source: the name that problems are reported under.
         has_lines: False for text from the command line, where a line number would say nothing.
     """
-    loader = _NumberLoader(text)
     try:
+        loader = _NumberLoader(text)
         root = loader.get_single_node()
         if root is None:
             return Document({}, {(): Origin(source, 1 if has_lines else 0)})
@@ -112,8 +131,6 @@ def parse_document(text: str, source: str, *, has_lines: bool = True) -> Documen
         return _broken(Origin(source, line), f"not valid YAML: {error.problem}{context}")
     except yaml.YAMLError as error:  # an unprintable character
         return _broken(Origin(source), f"not valid YAML: {error}".splitlines()[0])
-    finally:
-        loader.dispose()
     return Document(value, reader.origins, reader.problems)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from vlm_dist.data.mp4_header import read_mp4_header
 
 #: One row per sample. 0 means "none of that kind" or "unknown"; `num_images` and `num_videos` tell which.
 FACTS_DTYPE = np.dtype(
@@ -98,7 +101,10 @@ class SampleFacts:
     def add_video(self, source: BinaryIO | bytes | Path) -> None:
         """Read a video's header; one that cannot be read counts with unknown length."""
         self.row["num_videos"] += 1
-        probed = probe_video(source)
+        try:
+            probed = probe_video(source)
+        except OSError:
+            return
         if probed is not None and probed[0] > self.row["video_frames"]:
             for name, value in zip(
                 ("video_frames", "video_seconds", "video_width", "video_height"), probed, strict=True
@@ -162,11 +168,20 @@ def probe_image(source: BinaryIO | bytes | Path) -> tuple[int, int] | None:
 
 
 def probe_video(source: BinaryIO | bytes | Path) -> tuple[int, float, int, int] | None:
-    """Read (frames, seconds, width, height) from a video's header.
+    """Read (frames, seconds, width, height) from a video's header; containers other than mp4 and mov need decord.
 
     Returns:
-        None where decord is missing or cannot open the video.
+        None where the header cannot be read.
     """
+    with _as_stream(source) as stream:
+        header = read_mp4_header(stream)
+        if header is not None:
+            return header
+        stream.seek(0)
+        return _probe_with_decord(source if isinstance(source, Path) else stream)
+
+
+def _probe_with_decord(source: BinaryIO | Path) -> tuple[int, float, int, int] | None:
     try:
         import decord
     except ImportError:
@@ -183,7 +198,16 @@ def probe_video(source: BinaryIO | bytes | Path) -> tuple[int, float, int, int] 
 
 
 @contextmanager
-def _as_path(source: BinaryIO | bytes | Path) -> Iterator[str]:
+def _as_stream(source: BinaryIO | bytes | Path) -> Iterator[BinaryIO]:
+    if isinstance(source, Path):
+        with source.open("rb") as stream:
+            yield stream
+    else:
+        yield io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+@contextmanager
+def _as_path(source: BinaryIO | Path) -> Iterator[str]:
     """Give decord a path: a truncated mp4 read through a Python object kills the process, through a file it raises."""
     if isinstance(source, Path):
         yield str(source)
@@ -191,7 +215,7 @@ def _as_path(source: BinaryIO | bytes | Path) -> Iterator[str]:
     descriptor = os.memfd_create("vlm-dist-probe")
     try:
         with os.fdopen(os.dup(descriptor), "wb") as target:
-            target.write(source if isinstance(source, bytes) else source.read())
+            shutil.copyfileobj(source, target)
         yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)

@@ -1,13 +1,13 @@
 """The nouns of the data room: what travels from the plan to the loss.
 
-    plan -> SampleRef (or None: null slot) -> | worker | RawSample -> Example -> MicroBatch -> trainer
+plan -> SampleRef (or None: null slot) -> | worker | RawSample -> Example -> MicroBatch -> trainer
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,8 +99,7 @@ class StepPlan:
         count = -(-len(self.micro_batches) // world_size)
         indices = [m * world_size + rank for m in range(count)]
         return [
-            MicroBatchJob(self.step, i, self.micro_batches[i] if i < len(self.micro_batches) else ())
-            for i in indices
+            MicroBatchJob(self.step, i, self.micro_batches[i] if i < len(self.micro_batches) else ()) for i in indices
         ]
 
 
@@ -111,6 +110,7 @@ class MicroBatchJob:
     step: int
     micro_batch: int  # index within the step over all ranks: seeds dropout, so that it does not depend on the rank
     refs: tuple[SampleRef | None, ...]
+    purpose: Literal["train", "eval", "generate"] = "train"  # which materialiser of the workers makes it
 
 
 @dataclass(frozen=True, slots=True)

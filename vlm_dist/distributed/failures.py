@@ -27,12 +27,12 @@ def agree_on_failure(ranks: Ranks) -> Iterator[None]:
     known = failure if isinstance(failure, VlmDistError) else None
     mine = None if failure is None else (type(known or VlmDistError("")), str(known or repr(failure)))
     failures = ranks.gather_objects(mine)
-    first = next((rank for rank, found in enumerate(failures) if found is not None), None)
-    if first is None:
+    found = [(rank, *each) for rank, each in enumerate(failures) if each is not None]
+    if not found:
         return
+    first, kind, message = found[0]
     if failure is not None and known is None:
         raise failure  # a bug of ours keeps its traceback where it happened
     if first == ranks.rank and failure is not None:
         raise failure
-    kind, message = failures[first]
     raise kind(message if failures.count(failures[first]) == len(failures) else f"rank {first}: {message}")

@@ -61,8 +61,7 @@ class Ranks:
         """Rank 0's value on every rank. Collective: every rank calls this."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
-        received = values[0]
-        return received  # type: ignore[return-value]
+        return values[0]  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes. Collective: every rank calls this."""
@@ -105,7 +104,7 @@ def init_process_groups(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT
         if topology.local_world_size > num_devices:
             raise DistributedError(
                 f"{topology.local_world_size} processes were started on this node, which has {num_devices} GPU(s); "
-                f"start at most {num_devices} (deepspeed --num_gpus {num_devices}, or --gpus-per-node in the sbatch file)"
+                f"start at most {num_devices} (deepspeed --num_gpus {num_devices}, or --gpus-per-node for sbatch)"
             )
         device_id = torch.device("cuda", topology.local_rank)
         torch.cuda.set_device(device_id)
@@ -118,11 +117,10 @@ def init_process_groups(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT
             f"rank {topology.rank} of {topology.world_size} could not join the others at {address}: {error}. "
             "Check that all ranks were started, and that MASTER_ADDR and MASTER_PORT are the same everywhere and free."
         ) from error
-    return Ranks(
-        topology=topology,
-        control=dist.new_group(backend="gloo", timeout=timeout),
-        agreement=dist.new_group(backend="gloo", timeout=timeout),
-    )
+    control, agreement = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    assert isinstance(control, dist.ProcessGroup)
+    assert isinstance(agreement, dist.ProcessGroup)
+    return Ranks(topology, control, agreement)
 
 
 def shut_down() -> None:

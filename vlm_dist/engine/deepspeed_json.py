@@ -266,6 +266,11 @@ def _check_promises(section: Mapping[str, Any], problems: _Problems) -> None:
         for key in section:
             if key.startswith(("stage3_", "zero_hpz")) or key in ("offload_param", "sub_group_size"):
                 problems.add(f"zero_optimization.{key}", f"applies to stage 3 only, and the stage is {stage}")
+    if stage < 3 and (section.get("offload_optimizer") or {}).get("device", "none") != "none":
+        problems.add(
+            "zero_optimization.offload_optimizer",
+            "needs stage 3: below it DeepSpeed would add up gradients in the training dtype instead of float32",
+        )
     for key in ("offload_optimizer", "offload_param"):
         offload = section.get(key) or {}
         if offload.get("device") == "nvme":

@@ -8,7 +8,9 @@ zero_gradients
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -123,13 +125,14 @@ class Engine:
             return optimizer
 
         try:
-            deepspeed_engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=make_optimizer,
-                model_parameters=[group for group in param_groups if group["params"]],
-                config=dict(ds_config),
-                dist_init_required=False,
-            )
+            with redirect_stdout(StringIO()):  # its BF16_Optimizer prints memory readings that nobody asked for
+                deepspeed_engine, *_ = deepspeed.initialize(
+                    model=model,
+                    optimizer=make_optimizer,
+                    model_parameters=[group for group in param_groups if group["params"]],
+                    config=dict(ds_config),
+                    dist_init_required=False,
+                )
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"DeepSpeed rejects the configuration: {error}") from error
         check_read_back(ds_config, deepspeed_engine._config)

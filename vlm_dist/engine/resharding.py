@@ -8,6 +8,7 @@ can be restored into another.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ class Resharder:
             {key: group[key] for key in GROUP_HYPERPARAMETERS if key in group} for group in self._optimizer.param_groups
         ]
 
+    @cached_property
+    def _largest_share(self) -> int:
+        """Elements of the rank that owns most."""
+        return max(sum(piece.num_elements for piece in self._partitions.pieces(r)) for r in range(self._world_size))
+
     def _flats(self) -> list[Tensor]:
         return [flat.detach() for flat in self._partitions.flats]
 
@@ -109,13 +115,12 @@ class Resharder:
 
     def _gather(self, flats: list[Tensor]) -> dict[str, Tensor] | None:
         """Send this rank's pieces to rank 0, which puts them together."""
-        sizes = [sum(piece.num_elements for piece in self._partitions.pieces(r)) for r in range(self._world_size)]
-        sent = torch.zeros(max(sizes), dtype=torch.float32)  # gather wants equal sizes
+        sent = torch.zeros(self._largest_share, dtype=torch.float32)  # gather wants equal sizes
         start = 0
         for piece in self._partitions.pieces(self._rank):
             sent[start : start + piece.num_elements].copy_(_run(flats, piece))
             start += piece.num_elements
-        received = [torch.empty_like(sent) for _ in sizes] if self._rank == 0 else None
+        received = [torch.empty_like(sent) for _ in range(self._world_size)] if self._rank == 0 else None
         dist.gather(sent, received, dst=0, group=self._group)
         if received is None:
             return None
@@ -135,12 +140,11 @@ class Resharder:
 
     def _scatter(self, whole: Mapping[str, Tensor] | None, flats: list[Tensor]) -> None:
         """Receive this rank's pieces from rank 0, and write them into the flat tensors."""
-        sizes = [sum(piece.num_elements for piece in self._partitions.pieces(r)) for r in range(self._world_size)]
-        received = torch.empty(max(sizes), dtype=torch.float32)
+        received = torch.empty(self._largest_share, dtype=torch.float32)
         buffers = None
         if self._rank == 0:
             assert whole is not None
-            buffers = [torch.zeros_like(received) for _ in sizes]
+            buffers = [torch.zeros_like(received) for _ in range(self._world_size)]
             for rank, buffer in enumerate(buffers):
                 start = 0
                 for piece in self._partitions.pieces(rank):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +17,10 @@ from torch import nn
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.model.loading_errors import check_present, translated
 from vlm_dist.model.processor_params import apply_processor_params, split_processor_params
-from vlm_dist.model.registry import ClassNames, resolve_class
+from vlm_dist.model.registry import resolve_class
+
+if TYPE_CHECKING:
+    from vlm_dist.config.vlm_model import LoadingParams, ModelClassEntry, ProcessorParams
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +48,17 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
         return name
     dtype = _DTYPES.get(name.removeprefix("torch."))
     if dtype is None:
-        raise ConfigError(f"loading_params.torch_dtype: got {name!r}, expected one of torch.bfloat16, torch.float16, torch.float32")
+        raise ConfigError(
+            f"loading_params.torch_dtype: got {name!r}, expected one of torch.bfloat16, torch.float16, torch.float32"
+        )
     return dtype
 
 
 def load_processor(
-    model_id: str, entry: ClassNames, processor_params: Any = None, loading_params: Any = None
+    model_id: str,
+    entry: ModelClassEntry,
+    processor_params: ProcessorParams | Mapping[str, Any] | None = None,
+    loading_params: LoadingParams | Mapping[str, Any] | None = None,
 ) -> Any:
     """The processor (tokenizer, image and video processor, chat template) of a model.
 
@@ -65,6 +74,7 @@ def load_processor(
     params = _as_dict(processor_params)
     trust_remote_code = bool(params.pop("trust_remote_code", False))
     revision = params.pop("revision", None) or _as_dict(loading_params).get("revision")
+    model_id = str(Path(model_id).expanduser()) if model_id.startswith("~") else model_id
     check_present(model_id, revision, weights=False, processor=True)
     processor_class = resolve_class(
         entry, "processor_class", model_id, trust_remote_code=trust_remote_code, revision=revision
@@ -79,7 +89,10 @@ def load_processor(
 
 
 def load_model(
-    model_id: str, entry: ClassNames, loading_params: Any = None, dtype: str | torch.dtype | None = None
+    model_id: str,
+    entry: ModelClassEntry,
+    loading_params: LoadingParams | Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
     """The pretrained model, in training form: `use_cache` off.
 
@@ -102,6 +115,7 @@ def load_model(
     revision = params.get("revision")
     if params.get("device_map") not in (None, "cpu"):
         logger.info("device_map %r is not used: under DeepSpeed the engine places the model", params["device_map"])
+    model_id = str(Path(model_id).expanduser()) if model_id.startswith("~") else model_id
     check_present(model_id, revision, weights=True, processor=False)
     model_class = resolve_class(entry, "model_class", model_id, trust_remote_code=trust_remote_code, revision=revision)
     _check_model_type(model_class, model_id, entry, trust_remote_code, revision)
@@ -121,16 +135,16 @@ def load_model(
     return loaded
 
 
-def _as_dict(params: Any) -> dict[str, Any]:
+def _as_dict(params: LoadingParams | ProcessorParams | Mapping[str, Any] | None) -> dict[str, Any]:
     """A section of the config, given as a mapping or as a pydantic model, without its empty values."""
     if params is None:
         return {}
-    values = params.model_dump() if hasattr(params, "model_dump") else dict(params)
+    values = dict(params) if isinstance(params, Mapping) else params.model_dump()
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _check_model_type(
-    model_class: type[Any], model_id: str, entry: ClassNames, trust_remote_code: bool, revision: str | None
+    model_class: type[Any], model_id: str, entry: ModelClassEntry, trust_remote_code: bool, revision: str | None
 ) -> None:
     """Refuse a checkpoint of another architecture: transformers only warns, and starts from random weights."""
     expected = getattr(getattr(model_class, "config_class", None), "model_type", None)

@@ -87,7 +87,7 @@ def translated(model_id: str, revision: str | None, action: str) -> Iterator[Non
         revision: branch, tag or commit of the hub repository.
         action: what was being done, in words: "load the processor of".
     """
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     from safetensors import SafetensorError
 
     try:
@@ -138,15 +138,15 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
         if offline or "offline mode" in text or "couldn't connect" in text.lower():
             return (
                 "it is not in the local cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set). "
-                f"Download it where there is a network (`hf download {model_id}`) with HF_HOME on a disk that all nodes "
-                "see, or name a local directory."
+                f"Download it where there is a network (`hf download {model_id}`) with HF_HOME on a disk that all "
+                "nodes see, or name a local directory."
             )
         if has(RevisionNotFoundError):
             return f"the repository has no revision {revision!r}. Correct loading_params.revision; see {where}."
         if has(RepositoryNotFoundError, HFValidationError) or "not a valid model identifier" in text:
             return (
-                f"no such repository on the hub, or a private one. Check the spelling at {where}; for a private one log "
-                "in (`hf auth login`, or HF_TOKEN); for a local model name a directory that exists."
+                f"no such repository on the hub, or a private one. Check the spelling at {where}; for a private one "
+                "log in (`hf auth login`, or HF_TOKEN); for a local model name a directory that exists."
             )
     if has(EntryNotFoundError):
         return f"a file is missing in the repository: {_short(error)}"

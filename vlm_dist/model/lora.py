@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,26 +19,8 @@ from vlm_dist.errors import ModelError
 from vlm_dist.model.checkpointing import base_model
 from vlm_dist.model.towers import TOWERS, Towers, find_towers, tower_of, without_gradient
 
-
-class LoraSettings(Protocol):
-    """The part of peft_config.yaml that is read here, under PEFT's own names."""
-
-    @property
-    def task_type(self) -> str: ...
-    @property
-    def r(self) -> int: ...
-    @property
-    def target_modules(self) -> str | Sequence[str]: ...
-    @property
-    def lora_alpha(self) -> float: ...
-    @property
-    def lora_dropout(self) -> float: ...
-    @property
-    def bias(self) -> str: ...
-    @property
-    def use_rslora(self) -> bool: ...
-    @property
-    def use_dora(self) -> bool: ...
+if TYPE_CHECKING:
+    from vlm_dist.config.peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -52,9 +34,7 @@ class TowerRow:
     num_trainable: int
 
 
-def attach_adapter(
-    model: nn.Module, settings: LoraSettings, policy: Mapping[str, str], seed: int = 0
-) -> Any:
+def attach_adapter(model: nn.Module, settings: PeftConfig, policy: Mapping[str, str], seed: int = 0) -> Any:
     """Freeze the model and put LoRA on the linear layers that the policy and `target_modules` choose.
 
     The adapter keeps the dtype of its layer (`autocast_adapter_dtype=False`): the engine owns the float32 masters.
@@ -79,9 +59,13 @@ def attach_adapter(
     towers = find_towers(model)
     targets = lora_targets(model, settings.target_modules, policy, towers)
     if settings.task_type not in TaskType.__members__:
-        raise ModelError(f"peft.task_type: got {settings.task_type!r}, expected one of {', '.join(TaskType.__members__)}")
+        raise ModelError(
+            f"peft.task_type: got {settings.task_type!r}, expected one of {', '.join(TaskType.__members__)}"
+        )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ModelError("attach the adapter before gradient checkpointing is enabled: PEFT would make inputs require gradients")
+        raise ModelError(
+            "attach the adapter before gradient checkpointing is enabled: PEFT would make inputs require gradients"
+        )
     config = LoraConfig(
         task_type=settings.task_type,
         r=settings.r,
@@ -100,7 +84,7 @@ def attach_adapter(
     _freeze_biases_elsewhere(model, policy, towers)
     _start_from_seed(adapted, seed)
     # get_peft_model shortens long lists to ends of names that mean the same here; the full names mean it anywhere
-    adapted.peft_config["default"].target_modules = set(targets)
+    adapted.peft_config["default"].target_modules = list(targets)  # type: ignore[attr-defined]
     return adapted
 
 

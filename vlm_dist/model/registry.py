@@ -1,4 +1,4 @@
-"""From the names in vlm_model_config.yaml to classes: `import_path` first, then the model's own code where it is trusted.
+"""From the names in vlm_model_config.yaml to classes: `import_path` first, then the model's own code if it is trusted.
 
 Which class replaces a name that no library has is data (`NATIVE_FORMS`), not branches.
 """
@@ -11,21 +11,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.errors import ModelError
 from vlm_dist.model.loading_errors import translated
 
-
-class ClassNames(Protocol):
-    """One row of `model_classes`."""
-
-    @property
-    def model_class(self) -> str: ...
-    @property
-    def processor_class(self) -> str: ...
-    @property
-    def import_path(self) -> str: ...
+if TYPE_CHECKING:
+    from vlm_dist.config.vlm_model import ModelClassEntry
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ _AUTO_MAP_FILES = {
 
 
 def resolve_classes(
-    entry: ClassNames, model_id: str, *, trust_remote_code: bool = False, revision: str | None = None
+    entry: ModelClassEntry, model_id: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> ModelClasses:
     """Model and processor class of a row of `model_classes`.
 
@@ -81,7 +73,7 @@ def resolve_classes(
 
 
 def resolve_class(
-    entry: ClassNames, role: str, model_id: str, *, trust_remote_code: bool = False, revision: str | None = None
+    entry: ModelClassEntry, role: str, model_id: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> type[Any]:
     """The class that `entry` names: the attribute of `import_path`, or the class that the model's own `auto_map` names.
 
@@ -124,7 +116,7 @@ def _auto_map_reference(model_id: str, role: str, name: str, revision: str | Non
 
 
 def _auto_map_references(model_id: str, role: str, revision: str | None) -> Iterator[str]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for file_name in _AUTO_MAP_FILES[role]:
         with translated(model_id, revision, "read"):
@@ -152,7 +144,7 @@ def _remote_class(model_id: str, reference: str, revision: str | None) -> type[A
     return found
 
 
-def _no_such_class(entry: ClassNames, role: str, model_id: str, module: Any, remote: str | None) -> str:
+def _no_such_class(entry: ModelClassEntry, role: str, model_id: str, module: Any, remote: str | None) -> str:
     """What is wrong, and the three lines that put it right."""
     name = getattr(entry, role)
     message = f"{model_id}: {entry.import_path} has no class {name!r} ({role} in vlm_model_config.yaml)."
@@ -174,13 +166,13 @@ def _no_such_class(entry: ClassNames, role: str, model_id: str, module: Any, rem
         )
     names = {"model_class": entry.model_class, "processor_class": entry.processor_class, role: nearest[0]}
     proposal = NativeForm(names["model_class"], names["processor_class"], model_id, "")
-    others = f" (others: {', '.join(nearest[1:])})" if nearest[1:] else ""
-    return f"{message} The nearest is {nearest[0]}{others}; in vlm_model_config.yaml: {_lines(model_id, proposal, entry)}"
+    others = f"\n(others: {', '.join(nearest[1:])})" if nearest[1:] else ""
+    return f"{message} The nearest is {_lines(model_id, proposal, entry)}{others}"
 
 
-def _lines(model_id: str, form: NativeForm, entry: ClassNames) -> str:
+def _lines(model_id: str, form: NativeForm, entry: ModelClassEntry) -> str:
     return (
-        f"{form.model_class}:\n"
+        f"{form.model_class}; in vlm_model_config.yaml:\n"
         f'    "{model_id}":\n'
         f"        model_class: {form.model_class}\n"
         f"        processor_class: {form.processor_class}\n"

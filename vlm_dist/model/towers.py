@@ -27,7 +27,7 @@ _LANGUAGE_NAMES = ("language_model", "text_model", "decoder")
 Towers = Mapping[str, tuple[str, ...]]
 
 
-def find_towers(model: nn.Module) -> Towers:
+def find_towers(model: Any) -> Towers:
     """The roots of each tower.
 
     Args:
@@ -46,10 +46,15 @@ def find_towers(model: nn.Module) -> Towers:
     head = _root(names, model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None)
     if not language:
         if vision:
-            raise ModelError(f"{type(model).__name__}: cannot tell its language model from the rest (no get_decoder()).")
+            raise ModelError(
+                f"{type(model).__name__}: cannot tell its language model from the rest (no get_decoder())."
+            )
         return {"vision": (), "projector": (), "language": ("",), "head": head}
     mergers = tuple(
-        f"{root}.{name}" for root in vision for name, _ in model.get_submodule(root).named_children() if name in _MERGERS
+        f"{root}.{name}"
+        for root in vision
+        for name, _ in model.get_submodule(root).named_children()
+        if name in _MERGERS
     )
     projector = mergers + tuple(_rest(model, "", (*vision, *language, *head)))
     return {"vision": vision, "projector": projector, "language": language, "head": head}

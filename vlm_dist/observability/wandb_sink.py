@@ -40,6 +40,7 @@ class WandbSink:
         self._project = project
         self._run_name = run_name
         self._config = config
+        self._wandb: Any = None
         self._run: Any = None
         self._offline = False
 
@@ -55,6 +56,8 @@ class WandbSink:
         mode = wandb_mode(os.environ)
         if mode == "disabled":
             return "wandb: disabled by the environment"
+        if not self._attempt("importing wandb", self._import):
+            return "wandb: not used"
         run_id = self._read_run_id() if resumed else None
         if mode == "online" and not self._attempt("starting wandb online", lambda: self._init("online", run_id)):
             mode = "offline"
@@ -93,9 +96,15 @@ class WandbSink:
             return None
         return f"wandb: upload with  wandb sync {directory}" if self._offline else None
 
-    def _init(self, mode: Literal["online", "offline"], run_id: str | None) -> None:
-        import wandb  # takes half a second: only where it is used
+    def _import(self) -> None:
+        # its own telemetry waits for an answer when the process ends: 20 s where the server is silent
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb  # half a second: only where it is used
 
+        self._wandb = wandb
+
+    def _init(self, mode: Literal["online", "offline"], run_id: str | None) -> None:
+        wandb = self._wandb
         wished: dict[str, Any] = {
             "init_timeout": INIT_TIMEOUT_SECONDS,
             "login_timeout": INIT_TIMEOUT_SECONDS,
@@ -124,7 +133,8 @@ class WandbSink:
         try:
             action()
         except Exception as error:  # noqa: BLE001 - a tracking service must never end a training run
-            logger.warning("%s failed: %s: %s; training goes on", what, type(error).__name__, error)
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            logger.warning("%s failed: %s: %s; training goes on", what, type(error).__name__, reason)
             return False
         return True
 

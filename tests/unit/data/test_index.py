@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vlm_dist.data.facts import FACTS_DTYPE, estimate_num_tokens, media_kind, probe_image, probe_video
 from vlm_dist.data.index import INDEX_SUFFIX, read_index, sidecar_paths, write_index
+from vlm_dist.data.mp4_header import read_mp4_header
 from vlm_dist.data.tar_scan import load_or_scan, scan_tar
 from vlm_dist.errors import DataError
 
@@ -28,11 +29,7 @@ PAIR = [("a.txt", b"one"), ("a.json", b'{"q": "x"}'), ("b.txt", b"two"), ("b.jso
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @settings(deadline=None)
-@given(
-    samples=st.lists(
-        st.lists(st.binary(max_size=1500), min_size=1, max_size=3), min_size=1, max_size=5
-    )
-)
+@given(samples=st.lists(st.lists(st.binary(max_size=1500), min_size=1, max_size=3), min_size=1, max_size=5))
 def test_offsets_lead_to_the_data(tmp_path_factory, tar_format, samples):
     path = tmp_path_factory.mktemp("t") / "s.tar"
     members = [(f"dir/k{i}.m{j}", data) for i, sample in enumerate(samples) for j, data in enumerate(sample)]
@@ -145,6 +142,54 @@ def test_unreadable_media_are_indexed_all_the_same(tmp_path):
 def test_headers_of_damaged_media_are_unknown():
     assert probe_image(b"\xff\xd8\xff\xe0 nonsense") is None
     assert probe_video(b"\0\0\0\x20ftypisom nonsense") is None
+
+
+def clip(num_frames, width=64, height=48, container_format="mp4"):
+    av = pytest.importorskip("av")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=container_format) as container:
+        video = container.add_stream("mpeg4", rate=8)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        for i in range(num_frames):
+            picture = np.full((height, width, 3), 10 * i % 256, dtype=np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("container_format", ["mp4", "mov", "avi", "matroska"])
+def test_a_video_is_measured_by_its_header(tmp_path, container_format):
+    data = clip(20, container_format=container_format)
+    facts = scan_tar(write_tar(tmp_path / "s.tar", [("a.mp4", data), ("a.json", b"{}")])).facts[0]
+    assert (facts["video_frames"], facts["video_width"], facts["video_height"]) == (20, 64, 48)
+    assert facts["video_seconds"] == pytest.approx(2.5, abs=0.13)
+    (tmp_path / "a.mp4").write_bytes(data)
+    assert probe_video(tmp_path / "a.mp4")[0] == 20
+
+
+def test_an_mp4_needs_no_decoder(monkeypatch):
+    monkeypatch.setattr("vlm_dist.data.facts._probe_with_decord", None)
+    assert probe_video(clip(7)) == (7, pytest.approx(0.875), 64, 48)
+
+
+def test_a_cut_video_is_unknown_and_does_not_kill_the_process():
+    data = clip(20)
+    assert all(probe_video(data[:cut]) is None for cut in (0, 10, len(data) // 2))
+
+
+@pytest.fixture(scope="module")
+def short_clip():
+    return clip(3)
+
+
+@settings(deadline=None)
+@given(noise=st.binary(max_size=300), position=st.integers(0, 4000), byte=st.integers(0, 255))
+def test_no_damage_crashes_the_header_reader(short_clip, noise, position, byte):
+    position %= len(short_clip)
+    changed = short_clip[:position] + bytes([byte]) + short_clip[position + 1 :]
+    for damaged in (changed, short_clip[:position], noise):
+        header = read_mp4_header(io.BytesIO(damaged))
+        assert header is None or header.num_frames > 0
 
 
 @given(st.integers(10, 10**6), st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 50))

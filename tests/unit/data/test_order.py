@@ -23,8 +23,8 @@ def test_the_hash_is_the_same_everywhere():
     """Golden values: if they change, no running job can be resumed; raise ORDER_VERSION and say so."""
     assert [hash_words(42), hash_words(42, 7), hash_words(-1)] == [
         0xBDD732262FEB6E95,
-        hash_words(42, 7),
-        hash_words(2**64 - 1),
+        0x16062D6C1339E500,
+        0xE4D971771B652C20,
     ]
     rows = np.array([0, 1, 2**40], dtype=np.int64)
     assert hash_rows(hash_words(), rows).tolist() == [hash_words(0), hash_words(1), hash_words(2**40)]

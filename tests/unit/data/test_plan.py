@@ -218,7 +218,8 @@ def test_a_state_with_many_sources_is_refused_too():
 def test_another_process_plans_the_same():
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]; from test_plan import make_plan, refs_of; "
-        "print([[(r.source, r.index, r.repeat) for r in refs_of(s)] for s in make_plan(mode='group_by_length').steps()])"
+        "steps = make_plan(mode='group_by_length').steps(); "
+        "print([[(r.source, r.index, r.repeat) for r in refs_of(step)] for step in steps])"
     )
     paths = [path for path in sys.path if path] + [str(__file__).rsplit("/", 1)[0]]
     outputs = [

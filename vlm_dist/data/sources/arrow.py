@@ -113,7 +113,7 @@ class ArrowSource:
 
     def predicted_lengths(self, rows: np.ndarray) -> NDArray[np.int64]:
         """Estimate the number of tokens per row: int64 [len(rows)]."""
-        return estimate_num_tokens(self._facts[rows])
+        return estimate_num_tokens(self._facts[np.asarray(rows)])
 
     def origin(self, index: int) -> SampleOrigin:
         """Name a row by its number."""

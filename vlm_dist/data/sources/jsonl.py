@@ -101,6 +101,7 @@ class JsonSource:
 
     def predicted_lengths(self, rows: np.ndarray) -> NDArray[np.int64]:
         """Estimate the number of tokens per row: int64 [len(rows)]."""
+        rows = np.asarray(rows)
         files = np.searchsorted(self._starts, rows, side="right") - 1
         whole = np.concatenate([[0], np.cumsum([len(spans) for spans in self._spans])])  # before max_samples
         return estimate_num_tokens(self._facts[whole[files] + rows - np.asarray(self._starts)[files]])

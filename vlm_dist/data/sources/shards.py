@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,8 @@ def _alternatives(body: str) -> Iterator[str]:
 
 def _folder(pattern: str) -> str:
     """Say in which folder the search ended, and whether it exists."""
-    fixed = Path(re.split(r"[*?\[{]", pattern)[0])
-    folder = fixed if str(fixed).endswith("/") or fixed.is_dir() else fixed.parent
-    return f"{folder.resolve()}" + ("" if folder.is_dir() else ", which does not exist")
+    fixed = re.split(r"[*?\[{]", pattern)[0]
+    folder = Path(os.path.dirname(fixed) or ".").expanduser().resolve()  # noqa: PTH120 - keeps the part before a slash
+    if fixed == pattern and Path(fixed).is_dir():
+        folder = Path(fixed).resolve()
+    return f"{folder}" + ("" if folder.is_dir() else ", which does not exist")

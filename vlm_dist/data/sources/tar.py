@@ -102,6 +102,7 @@ class TarSource:
 
     def predicted_lengths(self, rows: np.ndarray) -> NDArray[np.int64]:
         """Estimate the number of tokens per row from the facts in the index: int64 [len(rows)]."""
+        rows = np.asarray(rows)
         facts = np.zeros(len(rows), dtype=FACTS_DTYPE)
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         for shard in np.unique(shards):

@@ -1,0 +1,151 @@
+"""JSON sources: lines or a list, media under media_root and nowhere else."""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_dist.data.sources import open_source
+from vlm_dist.errors import DataError, SkipSample
+
+
+@pytest.fixture
+def media(tmp_path):
+    folder = tmp_path / "media"
+    (folder / "sub").mkdir(parents=True)
+    Image.new("RGB", (280, 280)).save(folder / "large.png")
+    Image.new("RGB", (28, 28)).save(folder / "sub" / "small.jpg")
+    (tmp_path / "secret.png").write_bytes((folder / "large.png").read_bytes())
+    return folder
+
+
+def jsonl(path, rows, **settings):
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+    )
+    return SimpleNamespace(type="jsonl", path=str(path), **settings)
+
+
+ROWS = [
+    {"image_path": "large.png", "query": "무엇?", "response": "크다"},
+    {"image_path": "sub/small.jpg", "query": "what?", "response": "small", "id": 7},
+]
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "pretty list", "bom", "blank lines"])
+def test_lines_and_lists_give_the_same_rows(tmp_path, media, form):
+    path = tmp_path / ("rows.jsonl" if "list" not in form else "rows.json")
+    settings = jsonl(path, ROWS, media_root=media)
+    if "list" in form:
+        path.write_text(json.dumps(ROWS, ensure_ascii=False, indent=4 if "pretty" in form else None))
+    elif form == "bom":
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    elif form == "blank lines":
+        path.write_text("\n" + path.read_text().replace("\n", "\r\n\r\n"))
+    source = open_source(settings, tmp_path / "index")
+    assert len(source) == 2
+    assert set(source.columns) == {"image_path", "query", "response", "id"}
+    assert source.read(0).fields == {**ROWS[0], "image_path": (media / "large.png").read_bytes()}
+    assert source.read(1).fields["id"] == 7
+    assert str(source.origin(1)) == f"rows/{path.name}:1"
+    lengths = source.predicted_lengths(np.array([0, 1]))
+    assert lengths[0] > 100 > lengths[1]
+
+
+def test_conversations_are_delivered_as_they_are(tmp_path, media):
+    rows = [{"messages": [{"role": "user", "content": "<image>x.png?"}], "images": ["large.png", "sub/small.jpg"]}]
+    path = media / "talks.json"  # media beside the file need no media_root
+    path.write_text(json.dumps(rows))
+    source = open_source(SimpleNamespace(type="jsonl", path=str(path)), tmp_path / "index")
+    fields = source.read(0).fields
+    assert fields["messages"] == rows[0]["messages"]
+    assert fields["images"] == [(media / name).read_bytes() for name in rows[0]["images"]]
+
+
+def test_a_source_can_be_pickled_and_an_index_is_kept(tmp_path, media, monkeypatch):
+    settings = jsonl(tmp_path / "rows.jsonl", ROWS, media_root=media)
+    source = open_source(settings, tmp_path / "index")
+    assert pickle.loads(pickle.dumps(source)).read(1).fields == source.read(1).fields
+    assert not list(tmp_path.glob("*.arrow"))  # nothing beside the user's file
+    monkeypatch.setattr("vlm_dist.data.sources.jsonl._scan", None)
+    assert open_source(settings, tmp_path / "index").manifest_hash == source.manifest_hash
+
+
+def test_changed_content_changes_the_hash_and_is_indexed_again(tmp_path, media):
+    settings = jsonl(tmp_path / "rows.jsonl", ROWS, media_root=media)
+    before = open_source(settings, tmp_path / "index").manifest_hash
+    jsonl(tmp_path / "rows.jsonl", [{**ROWS[0], "response": "작다"}, ROWS[1]])  # of the same length
+    assert open_source(settings, tmp_path / "index").manifest_hash != before
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "sub/../../secret.png", "{root}/secret.png", "link.png"])
+def test_nothing_outside_media_root_is_read(tmp_path, media, path):
+    (media / "link.png").symlink_to(tmp_path / "secret.png")
+    settings = jsonl(tmp_path / "rows.jsonl", [{"image": path.format(root=tmp_path)}], media_root=media)
+    with pytest.raises(DataError, match="leads out of media_root"):
+        open_source(settings, tmp_path / "index")
+
+
+def test_an_absolute_path_under_media_root_is_fine(tmp_path, media):
+    settings = jsonl(tmp_path / "rows.jsonl", [{"image": str(media / "large.png")}], media_root=media)
+    assert open_source(settings).read(0).fields["image"] == (media / "large.png").read_bytes()
+
+
+def test_a_url_is_refused_with_the_way_out(tmp_path, media):
+    settings = jsonl(tmp_path / "rows.jsonl", [{"image": "https://host/a.jpg"}], media_root=media)
+    with pytest.raises(DataError, match="shards build"):
+        open_source(settings, tmp_path / "index")
+
+
+def test_one_missing_file_is_skipped_and_all_missing_is_an_error(tmp_path, media):
+    rows = [ROWS[0], {**ROWS[1], "image_path": "gone.png"}]
+    source = open_source(jsonl(tmp_path / "rows.jsonl", rows, media_root=media))
+    with pytest.raises(SkipSample, match=r"gone\.png"):
+        source.read(1)
+    with pytest.raises(DataError, match=r"none of the 1 media files.*media_root"):
+        open_source(jsonl(tmp_path / "other.jsonl", [rows[1]], media_root=media))
+
+
+def test_a_damaged_line_is_skipped_and_a_wrong_file_is_an_error(tmp_path, media):
+    source = open_source(jsonl(tmp_path / "rows.jsonl", [*ROWS, '{"image_path": "lar'], media_root=media))
+    assert len(source) == 3
+    with pytest.raises(SkipSample, match=r"rows\.jsonl:2"):
+        source.read(2)
+    for text, message in (
+        ("a\nb\n", "no JSON objects"),
+        ("", "no records"),
+        ('[{"a": 1}, {]', "not a valid JSON list"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            open_source(SimpleNamespace(type="jsonl", path=str(tmp_path / "bad.json")))
+
+
+def test_the_caller_may_say_which_columns_are_media(tmp_path, media):
+    (media / "noending").write_bytes((media / "large.png").read_bytes())
+    settings = jsonl(tmp_path / "rows.jsonl", [{"pic": "noending", "answer": "large.png"}], media_root=media)
+    settings.columns = {"image": "pic"}
+    fields = open_source(settings, tmp_path / "index", media_columns={"image", "video"}).read(0).fields
+    assert fields == {"image": (media / "large.png").read_bytes(), "answer": "large.png"}
+
+
+def test_several_files_renames_and_limits(tmp_path, media):
+    jsonl(tmp_path / "a.jsonl", ROWS)
+    settings = jsonl(tmp_path / "b.jsonl", ROWS, media_root=media, columns={"image": "image_path"}, max_samples=3)
+    settings.path = str(tmp_path / "*.jsonl")
+    source = open_source(settings, tmp_path / "index")
+    assert len(source) == 3
+    assert source.origin(2).shard == "b.jsonl"
+    assert set(source.read(2).fields) == {"image", "query", "response"}
+    assert source.predicted_lengths(np.array([2, 0])).tolist() == [source.predicted_lengths(np.array([0]))[0]] * 2
+    with pytest.raises(DataError, match=r"'nope'.*it has: id, image_path, query, response"):
+        open_source(SimpleNamespace(**{**vars(settings), "columns": {"image": "nope"}}), tmp_path / "index")
+
+
+def test_many_rows_are_many_blocks(tmp_path):
+    source = open_source(jsonl(tmp_path / "rows.jsonl", [{"text": f"{i}"} for i in range(600)]))
+    assert source.shard_sizes == [256, 256, 88]
+    assert source.read(599).fields == {"text": "599"}

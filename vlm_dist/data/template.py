@@ -1,0 +1,249 @@
+"""From the columns of a sample to chat messages, with its images and videos in the order of their placeholders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.config.message_variables import fill_variables, variables_in
+from vlm_dist.config.vlm_collator import Message, MessageFormat
+from vlm_dist.errors import ConfigError, SkipSample
+
+Media = bytes | Path
+#: One turn as chat templates take it: `{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"} | …]}`.
+ChatMessage = dict[str, Any]
+
+#: Key of dataset_columns whose column holds whole conversations, in the place of `training_messages`.
+MESSAGES_COLUMN = "messages_column"
+
+_MARKER = re.compile(r"<(image|video)>")
+_ROLES = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What is said, and what is shown.
+
+    Attributes:
+        messages: the turns.
+        images: encoded images in the order of their placeholders.
+        videos: the same for videos.
+    """
+
+    messages: list[ChatMessage] = field(default_factory=list)
+    images: list[Media] = field(default_factory=list)
+    videos: list[Media] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts of all turns."""
+        return [part["text"] for message in self.messages for part in message["content"] if part["type"] == "text"]
+
+    def prompt(self) -> tuple[Conversation, str]:
+        """Split the last answer off.
+
+        Returns:
+            The conversation before the last turn of the assistant, and the text of that turn.
+
+        Raises:
+            SkipSample: ("bad_sample") the assistant says nothing.
+        """
+        last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=None)
+        if last is None:
+            raise SkipSample("bad_sample", "the conversation has no turn of the assistant")
+        kept, answer = self.messages[:last], self.messages[last]
+        shown = [part["type"] for message in kept for part in message["content"]]
+        before = Conversation(kept, self.images[: shown.count("image")], self.videos[: shown.count("video")])
+        return before, "".join(part["text"] for part in answer["content"] if part["type"] == "text")
+
+
+class MessageBuilder:
+    """Fills `training_messages` with a sample's columns, or reads the conversation that the sample holds itself.
+
+    A placeholder whose kind is switched off stands for the other kind where that one has no placeholder of its own.
+    Several images in one column take the placeholders one by one; what is left goes to the last of them. Where a sample
+    has no image (null, or an empty list), its placeholder is left out.
+
+    Args:
+        columns: variable -> column (`dataset_columns`), with `messages_column` for conversations.
+        message_format: the user's messages.
+        kinds: what is read: "image", "video".
+
+    Raises:
+        ConfigError: nothing shows a kind that is switched on, or a variable has no column.
+    """
+
+    def __init__(self, columns: Mapping[str, str], message_format: MessageFormat, kinds: frozenset[str]) -> None:
+        self._media_columns = {kind: columns[f"{kind}_column"] for kind in sorted(kinds) if f"{kind}_column" in columns}
+        self._messages_column = columns.get(MESSAGES_COLUMN)
+        self._messages: tuple[Message, ...] = message_format.training_messages
+        self._system_prompt = message_format.system_prompt
+        self.text_columns: dict[str, str] = {}  # variable -> column, of the variables in use
+        if self._messages_column is not None:
+            self.text_columns = {MESSAGES_COLUMN: self._messages_column}
+            return
+        used = {
+            name for message in self._messages for part in message.content for name in variables_in(part.text or "")
+        }
+        unknown = sorted(used - set(columns) - {"system_prompt"})
+        if unknown:
+            raise ConfigError(
+                f"message_format uses {', '.join('{' + name + '}' for name in unknown)}, which dataset_columns does not have"
+            )
+        self.text_columns = {name: columns[name] for name in sorted(used - {"system_prompt"})}
+        self._shown_by = self._assign_placeholders()
+
+    @property
+    def media_columns(self) -> dict[str, str]:
+        """Kind -> column, of the kinds that are read."""
+        return dict(self._media_columns)
+
+    def _assign_placeholders(self) -> dict[str, str]:
+        """Kind of media -> the type of the placeholders that show it."""
+        there = {part.type for message in self._messages for part in message.content if part.type != "text"}
+        shown_by = {}
+        for kind in self._media_columns:
+            other = "video" if kind == "image" else "image"
+            placeholder = kind if kind in there else other
+            if placeholder not in there:
+                raise ConfigError(
+                    f"message_format.training_messages has no {{type: {kind}}} part, but data_processing.{kind}_data is on"
+                )
+            shown_by[kind] = placeholder
+        return shown_by
+
+    def build(self, fields: Mapping[str, Any]) -> Conversation:
+        """Make the conversation of one sample.
+
+        Raises:
+            SkipSample: ("bad_sample") a column is missing or not what it should be.
+        """
+        media = self._read_media(fields)
+        if self._messages_column is not None:
+            return _read_conversation(fields.get(self._messages_column), self._messages_column, media)
+        values = {name: _as_text(fields, column) for name, column in self.text_columns.items()}
+        values["system_prompt"] = self._system_prompt or ""
+        places = [part.type for message in self._messages for part in message.content]
+        left = {kind: places.count(placeholder) for kind, placeholder in self._shown_by.items()}
+        queues = {kind: list(items) for kind, items in media.items()}
+        conversation = Conversation()
+        for message in self._messages:
+            content: list[dict[str, Any]] = []
+            for part in message.content:
+                if part.type == "text":
+                    content.append({"type": "text", "text": fill_variables(part.text or "", values)})
+                    continue
+                for kind, placeholder in self._shown_by.items():
+                    if placeholder == part.type:
+                        left[kind] -= 1
+                        count = min(1, len(queues[kind])) if left[kind] else len(queues[kind])
+                        _show(conversation, content, kind, [queues[kind].pop(0) for _ in range(count)])
+            conversation.messages.append({"role": message.role, "content": content})
+        return conversation
+
+    def _read_media(self, fields: Mapping[str, Any]) -> dict[str, list[Media]]:
+        absent = [column for column in self._media_columns.values() if column not in fields]
+        if absent and len(absent) == len(self._media_columns):
+            raise SkipSample("bad_sample", f"the sample has no {' and no '.join(map(repr, absent))}")
+        return {kind: _as_media(fields.get(column), column) for kind, column in self._media_columns.items()}
+
+
+def _show(conversation: Conversation, content: list[dict[str, Any]], kind: str, items: Sequence[Media]) -> None:
+    content.extend({"type": kind} for _ in items)
+    (conversation.images if kind == "image" else conversation.videos).extend(items)
+
+
+def _as_media(value: Any, column: str) -> list[Media]:
+    """Read a media column: bytes, a file that the source has resolved, or a list of them."""
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [item for element in value for item in _as_media(element, column)]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return [bytes(value)]
+    if isinstance(value, Path):
+        return [value]
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    raise SkipSample(
+        "bad_sample",
+        f"column {column!r} has {type(value).__name__} {shown}, expected an image or video as bytes or a path",
+    )
+
+
+def _as_text(fields: Mapping[str, Any], column: str) -> str:
+    """Read a text column; numbers are written out, a list of one text is that text."""
+    if column not in fields:
+        raise SkipSample("bad_sample", f"the sample has no {column!r}")
+    value = fields[column]
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return str(value)
+    kind = "null" if value is None else type(value).__name__
+    raise SkipSample("bad_sample", f"column {column!r} is {kind}, expected a text")
+
+
+def _read_conversation(value: Any, column: str, media: Mapping[str, list[Media]]) -> Conversation:
+    """Read a conversation in ShareGPT form; `<image>` and `<video>` in its texts stand for the media, in order."""
+    turns = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if not isinstance(turns, list | tuple) or not turns:
+        raise SkipSample("bad_sample", f"column {column!r} is no list of messages")
+    conversation = Conversation()
+    queues = {kind: list(items) for kind, items in media.items()}
+    for turn in turns:
+        role, text = _read_turn(turn, column)
+        content: list[dict[str, Any]] = []
+        pieces = _MARKER.split(text)  # text, kind, text, kind, text
+        for i, piece in enumerate(pieces):
+            if i % 2 == 0:
+                if piece:
+                    content.append({"type": "text", "text": piece})
+            elif piece not in queues:
+                continue  # this kind is switched off
+            elif not queues[piece]:
+                raise SkipSample("bad_sample", f"more <{piece}> in the messages than there are {piece}s")
+            else:
+                _show(conversation, content, piece, [queues[piece].pop(0)])
+        conversation.messages.append({"role": role, "content": content or [{"type": "text", "text": ""}]})
+    _place_unmarked(conversation, queues)
+    if conversation.messages[-1]["role"] != "assistant":
+        raise SkipSample("bad_sample", "the last message is not the assistant's")
+    return conversation
+
+
+def _read_turn(turn: Any, column: str) -> tuple[str, str]:
+    if isinstance(turn, Mapping):
+        role = _ROLES.get(str(turn.get("role", turn.get("from"))))
+        text = turn.get("content", turn.get("value"))
+        if role is not None and isinstance(text, str):
+            return role, text
+    raise SkipSample(
+        "bad_sample", f"column {column!r} has a message that is not {{role: user | assistant | system, content: text}}"
+    )
+
+
+def _place_unmarked(conversation: Conversation, queues: Mapping[str, list[Media]]) -> None:
+    """Media without any marker go before the first words of the user; some marked and some not is an error."""
+    for kind, items in queues.items():
+        shown = conversation.images if kind == "image" else conversation.videos
+        if not items:
+            continue
+        if shown:
+            raise SkipSample(
+                "bad_sample", f"{len(shown)} <{kind}> in the messages, but {len(shown) + len(items)} {kind}s"
+            )
+        first = next((message for message in conversation.messages if message["role"] == "user"), None)
+        if first is None:
+            raise SkipSample("bad_sample", "the conversation has no turn of the user")
+        first["content"][:0] = [{"type": kind} for _ in items]
+        shown.extend(items)

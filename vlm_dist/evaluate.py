@@ -1,0 +1,340 @@
+"""Evaluation on held-out data: the loss, and answers that the model generates itself.
+
+It walks each source with the same plan as training, its order fixed: every sample once, empty slots at the end, and on
+every rank the same number of forwards and of `generate` calls. It leaves training as it found it: generators, modes,
+gradients and the engine's state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.types import MicroBatch, MicroBatchJob, SampleRef, Source
+from vlm_dist.distributed.failures import agree_on_failure
+from vlm_dist.distributed.group import Ranks
+from vlm_dist.errors import DataError, ModelError
+from vlm_dist.loss import token_loss_sum
+from vlm_dist.model.checkpointing import base_model
+
+if TYPE_CHECKING:
+    from vlm_dist.engine import Engine
+
+#: Micro-batches that are asked for before the first of them is needed.
+_PREFETCH = 3
+
+
+class Pool(Protocol):
+    """Makes micro-batches; `vlm_dist.data.workers.WorkerPool` is one."""
+
+    def submit(self, job: MicroBatchJob) -> Any:
+        """Something whose `result()` is the job's `MicroBatch`."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One generated answer."""
+
+    index: int  # row of the source: the order of the file
+    source: str
+    shard: str
+    key: str
+    prompt: str
+    prediction: str
+    reference: str
+    match: bool
+
+
+@dataclass
+class _Tally:
+    """What one rank found in one source."""
+
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (micro-batch, sum in nats)
+    num_target_tokens: int = 0
+    num_samples: int = 0
+    num_skipped: int = 0
+    predictions: list[Prediction] = field(default_factory=list)
+
+
+class Evaluator:
+    """Loss, and exact match of generated answers, per held-out source.
+
+    Args:
+        engine: holds the model; called through its `module`, on all ranks equally often.
+        ranks: this process among its peers.
+        sources: `data.eval`; a `SampleRef.source` in the pools' jobs is a position in it.
+        pool: makes micro-batches for the loss.
+        per_device_eval_batch_size: samples per forward.
+        generation_pool: makes left-padded prompts (`Materialiser(for_generation=True)`); None: generate nothing.
+        tokenizer: turns generated ids into text; needed with `generation_pool`.
+        max_new_tokens: length limit of an answer, in tokens.
+        predictions_dir: where rank 0 writes `step-<position>.jsonl`; None: nowhere.
+
+    Raises:
+        ModelError: answers are wanted from a model that cannot generate.
+        DataError: a source has no samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        ranks: Ranks,
+        sources: Sequence[Source],
+        pool: Pool,
+        per_device_eval_batch_size: int,
+        generation_pool: Pool | None = None,
+        tokenizer: Any = None,
+        max_new_tokens: int = 32,
+        predictions_dir: Path | None = None,
+    ) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._sources = list(sources)
+        self._names = _distinct([source.name for source in sources])
+        self._pool = pool
+        self._generation_pool = generation_pool
+        self._tokenizer = tokenizer
+        self._predictions_dir = predictions_dir
+        settings = PlanSettings(
+            global_batch_size=per_device_eval_batch_size * ranks.world_size,
+            micro_batch_size=per_device_eval_batch_size,
+            shuffle=False,
+        )
+        self._plans = [Plan([source], [1.0], settings) for source in sources]
+        self._generation: dict[str, Any] = {}
+        if generation_pool is not None:
+            self._generation = self._generation_arguments(max_new_tokens)
+
+    def run(self, position: int) -> dict[str, float]:
+        """Evaluate now. Collective: every rank calls this.
+
+        Args:
+            position: number of training steps that are done; names the file of predictions.
+
+        Returns:
+            The same on every rank, per source: `<source>/loss` (nats per target token), `<source>/num_samples`,
+            `<source>/num_skipped` (samples that could not be read or did not fit), and with generation
+            `<source>/exact_match` (share of all answers).
+
+        Raises:
+            DataError: on every rank, if one cannot read its samples.
+        """
+        metrics: dict[str, float] = {}
+        predictions: list[Prediction] = []
+        with undisturbed(self._engine.module), torch.no_grad():
+            for number, name in enumerate(self._names):
+                tally = self._ranks_tally(self._measure_loss(number))
+                targets = tally.num_target_tokens
+                metrics[f"{name}/loss"] = (
+                    math.fsum(v for _, v in sorted(tally.losses)) / targets if targets else math.nan
+                )
+                metrics[f"{name}/num_samples"] = tally.num_samples
+                metrics[f"{name}/num_skipped"] = tally.num_skipped
+                if self._generation_pool is not None:
+                    answers = sorted(self._ranks_tally(self._generate(number)).predictions, key=lambda p: p.index)
+                    matches = sum(answer.match for answer in answers)
+                    metrics[f"{name}/exact_match"] = matches / len(answers) if answers else math.nan
+                    predictions += answers
+        if self._generation_pool is not None:
+            self._write(position, predictions)
+        return metrics
+
+    def _measure_loss(self, number: int) -> _Tally:
+        tally = _Tally()
+        sums: list[tuple[int, Tensor]] = []
+        for batch in self._micro_batches(number, self._pool):
+            outputs = self._engine.module(**self._on_device(batch.inputs), use_cache=False)
+            sums.append((_order(batch.job), token_loss_sum(outputs.logits, batch.labels.to(outputs.logits.device))))
+            tally.num_target_tokens += batch.num_target_tokens
+            tally.num_samples += batch.num_samples
+            tally.num_skipped += sum(slot.null_class != "tail" for slot in batch.null_slots)
+        tally.losses = [(order, float(value)) for order, value in sums]
+        return tally
+
+    def _generate(self, number: int) -> _Tally:
+        tally = _Tally()
+        model = base_model(self._engine.module)
+        for batch in self._micro_batches(number, self._generation_pool):
+            inputs = self._on_device(batch.inputs)
+            ids = model.generate(**inputs, **self._generation)
+            prompt_length = inputs["input_ids"].shape[1]
+            # The samples' rows come first; a dummy row, or a batch of nothing but dummies, has no reference.
+            rows = range(len(batch.references))
+            answers = [self._decode(ids[row, prompt_length:]) for row in rows]
+            prompts = [self._decode(batch.inputs["input_ids"][row]) for row in rows]
+            indices = _indices(batch, self._sources[number])
+            for row, origin in zip(rows, batch.origins, strict=False):
+                reference, answer = batch.references[row], answers[row]
+                tally.predictions.append(
+                    Prediction(
+                        index=indices[row],
+                        source=self._names[number],
+                        shard=origin.shard,
+                        key=origin.key,
+                        prompt=prompts[row],
+                        prediction=answer,
+                        reference=reference,
+                        match=normalise_answer(answer) == normalise_answer(reference),
+                    )
+                )
+        return tally
+
+    def _micro_batches(self, number: int, pool: Pool | None) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of one source, asked for a little ahead. Collective: the ranks agree on each."""
+        assert pool is not None
+        plan = self._plans[number]
+        jobs = deque(
+            MicroBatchJob(job.step, job.micro_batch, tuple(_of_source(ref, number) for ref in job.refs))
+            for step in plan.steps()
+            for job in step.for_rank(self._ranks.rank, self._ranks.world_size)
+        )
+        pending: deque[Any] = deque()
+        for _ in range(len(jobs)):
+            while jobs and len(pending) < _PREFETCH:
+                pending.append(pool.submit(jobs.popleft()))
+            # A rank that cannot read must not leave the others waiting in the model's collectives.
+            with agree_on_failure(self._ranks):
+                batch: MicroBatch = pending.popleft().result()
+            yield batch
+
+    def _ranks_tally(self, mine: _Tally) -> _Tally:
+        """The sum over all ranks. Collective: every rank calls this."""
+        total = _Tally()
+        for tally in self._ranks.gather_objects(mine):
+            total.losses += tally.losses
+            total.num_target_tokens += tally.num_target_tokens
+            total.num_samples += tally.num_samples
+            total.num_skipped += tally.num_skipped
+            total.predictions += tally.predictions
+        return total
+
+    def _generation_arguments(self, max_new_tokens: int) -> dict[str, Any]:
+        """Greedy decoding, whatever the checkpoint's own generation_config says."""
+        from transformers import GenerationConfig
+
+        model = base_model(self._engine.module)
+        if not hasattr(model, "generate") or self._tokenizer is None:
+            raise ModelError(
+                f"train.predict_with_generate: {type(model).__name__} cannot generate; set it to false "
+                "to evaluate by the loss alone"
+            )
+        own = model.generation_config
+        eos = own.eos_token_id if own.eos_token_id is not None else self._tokenizer.eos_token_id
+        first_eos = eos[0] if isinstance(eos, list | tuple) else eos
+        pad = next((i for i in (own.pad_token_id, self._tokenizer.pad_token_id, first_eos) if i is not None), None)
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_new_tokens=None,
+            max_new_tokens=max_new_tokens,
+            bos_token_id=own.bos_token_id,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            use_cache=True,  # only here: in training it is off
+        )
+        # Under ZeRO-3 each of generate's forwards is a collective: a rank that has finished goes on with the others.
+        # Below, ranks finish independently. `synced_gpus` is decided here, not by transformers' global state.
+        synced = self._engine.zero_stage == 3 and self._ranks.world_size > 1
+        return {"generation_config": config, "synced_gpus": synced}
+
+    def _on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        device, dtype = self._engine.device, self._engine.compute_dtype
+        return {
+            name: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def _decode(self, ids: Tensor) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _write(self, position: int, predictions: Sequence[Prediction]) -> None:
+        """Write the predictions on rank 0, atomically. Collective: every rank calls this."""
+        with agree_on_failure(self._ranks):
+            if self._predictions_dir is not None and self._ranks.is_main:
+                _write_jsonl(self._predictions_dir / f"step-{position}.jsonl", predictions)
+
+
+def normalise_answer(text: str) -> str:
+    """The form in which answers are compared: case folded, white space collapsed, ends stripped."""
+    return " ".join(text.casefold().split())
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Within, the model is in `eval()` mode; afterwards its modes, its caches and all generators are as before.
+
+    `eval()` also turns gradient checkpointing off: layers checkpoint only while they train.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    # Qwen's models keep the offsets of the last prompt's positions for the next token.
+    kept = [(part, part.rope_deltas) for part in module.modules() if hasattr(part, "rope_deltas")]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+            for part, deltas in kept:
+                part.rope_deltas = deltas
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _of_source(ref: SampleRef | None, number: int) -> SampleRef | None:
+    """Each source has a plan of its own; the pools know all sources."""
+    return None if ref is None else SampleRef(number, ref.index, ref.repeat)
+
+
+def _order(job: MicroBatchJob) -> int:
+    """Position of a micro-batch among all; the sum in this order does not depend on the number of ranks."""
+    refs = [ref.index for ref in job.refs if ref is not None]
+    return refs[0] if refs else -1
+
+
+def _indices(batch: MicroBatch, source: Source) -> list[int]:
+    """Rows of the source that the batch's samples came from, in the batch's order."""
+    rows: dict[str, deque[int]] = {}
+    for ref in batch.job.refs:
+        if ref is not None:
+            rows.setdefault(str(source.origin(ref.index)), deque()).append(ref.index)
+    return [rows[str(origin)].popleft() for origin in batch.origins]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names)]
+
+
+def _write_jsonl(path: Path, predictions: Sequence[Prediction]) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            for prediction in predictions:
+                fields = {key: value for key, value in vars(prediction).items() if key != "index"}
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write the predictions to {path}: {error}") from error

@@ -1,0 +1,6 @@
+"""What differs between model families, as rows of a table; no model code, no loading."""
+
+from vlm_dist.families.family import Family
+from vlm_dist.families.table import FAMILIES, GENERIC, family_for
+
+__all__ = ["FAMILIES", "GENERIC", "Family", "family_for"]
