@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import yaml
-
 from vlm_dist.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -142,11 +140,13 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         )
 
         # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone.
-        entry = config.model.entry(config.model_id)
         merge = _ds_merger(config, ds_json, ranks)
         with zero_init_context(merge(None)[0]):
             model = load_model(
-                config.model_id, entry, config.model.loading_for(config.model_id), dtype=train_config.precision
+                config.model_id,
+                config.model_entry,
+                config.model.loading_for(config.model_id),
+                dtype=train_config.precision,
             )
             model = attach_adapter(model, config.peft, config.peft.towers.model_dump(), seed=train_config.seed)
         if train_config.gradient_checkpointing:
@@ -236,27 +236,23 @@ def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
 
 
 def check_columns(config: RunConfig, sources: list[Source]) -> None:
-    """Check that the columns that `dataset_columns` names exist.
+    """Check that the columns that the messages need exist.
 
     A text column has to be in every source, a media column in one at least (a source of images has no videos).
 
     Raises:
         ConfigError: listing what there is.
     """
-    switches = config.collator.data_processing
-    media = {"image_column": switches.image_data, "video_column": switches.video_data}
+    media = ("image_column", "video_column")
     problems = []
-    for key, column in config.collator.dataset_columns.model_dump().items():
-        if column is None or not media.get(key, True) or not sources:
-            continue
+    for key, column in config.collator.required_columns.items():
         lacking = [source for source in sources if column not in source.columns]
         if lacking and (key not in media or len(lacking) == len(sources)):
             there = "; ".join(f"{source.name} has {', '.join(source.columns)}" for source in lacking)
             problems.append(f"dataset_columns.{key}: no column {column!r}: {there}")
     if problems:
-        raise ConfigError(
-            "\n".join(problems) + "\nfix: correct dataset_columns in vlm_collator_config.yaml, or columns of the source"
-        )
+        fix = "fix: correct dataset_columns in vlm_collator_config.yaml, or columns of the source"
+        raise ConfigError("\n".join([*problems, fix]))
 
 
 def towers_in_use(config: RunConfig, family: Family, sources: list[Source]) -> frozenset[str]:
@@ -276,13 +272,11 @@ def make_processor(config: RunConfig) -> tuple[Any, Family]:
     """The model's processor, and its row in the table of families."""
     from transformers import PretrainedConfig
 
+    loading = config.model.loading_for(config.model_id)
     processor = load_processor(
-        config.model_id,
-        config.model.entry(config.model_id),
-        config.model.processor_for(config.model_id),
-        config.model.loading_for(config.model_id),
+        config.model_id, config.model_entry, config.model.processor_for(config.model_id), loading
     )
-    facts, _ = PretrainedConfig.get_config_dict(config.model_id)
+    facts, _ = PretrainedConfig.get_config_dict(config.model_id, revision=loading.revision or "main")
     return processor, family_for(facts.get("model_type", ""))
 
 
@@ -326,8 +320,8 @@ def _prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks)
         if ranks.is_main:
             if config.train.resume is False and store.latest() is not None:
                 raise CheckpointError(
-                    f"{output_dir} has checkpoints of an earlier run, and resume is false; set train.resume=auto to continue "
-                    "it, or another train.output_dir"
+                    f"{output_dir} has checkpoints of an earlier run, and resume is false; set train.resume=auto to "
+                    "continue it, or another train.output_dir"
                 )
             try:
                 output_dir.mkdir(parents=True, exist_ok=True)
@@ -359,7 +353,7 @@ def _run_facts(
     """What a checkpoint says besides tensors, given the plan's state."""
     train_config = config.train
     versions = {name: version(name) for name in ("vlm-dist", "torch", "transformers", "peft", "deepspeed")}
-    resolved = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
+    resolved = config.to_yaml()
     return lambda plan_state: RunFacts(
         plan=plan_state,
         global_batch_size=batch.global_batch_size,

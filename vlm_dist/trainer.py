@@ -165,7 +165,8 @@ class Trainer:
 
     def _report(self, plan: StepPlan, outcome: StepOutcome | None) -> None:
         """Log the window when it is due; the only place that waits for the device."""
-        if not self.cadence.due(self.position, self.cadence.logging_steps):
+        ends_here = self.position == self.cadence.last_step and self.cadence.logging_steps > 0
+        if not ends_here and not self.cadence.due(self.position, self.cadence.logging_steps):
             self.log.advance(self.position)
             return
         sums = torch.tensor(self._window.rank_sums(), dtype=torch.float64)

@@ -76,7 +76,7 @@ def test_every_task_finds_its_place_and_the_same_meeting_point(submit, tmp_path)
     assert [rank["local_rank"] for rank in ranks] == [0, 1, 0, 1]
     assert {(r["world_size"], r["local_world_size"], r["launcher"]) for r in ranks} == {(4, 2, "slurm")}
     assert {(rank["MASTER_ADDR"], rank["MASTER_PORT"]) for rank in ranks} == {("gpu07", str(15000 + 12345678 % 15000))}
-    assert ranks[0]["argv"] == ["--config", "configs/demo.yaml", "--set", "train.learning_rate=1e-4"]
+    assert ranks[0]["argv"] == ["--config", "configs/run.yaml", "--set", "train.learning_rate=1e-4"]
     options = (tmp_path / "srun_arguments").read_text()
     for option in ("--kill-on-bad-exit=1", "--export=ALL", "--cpus-per-task=6"):
         assert option in options

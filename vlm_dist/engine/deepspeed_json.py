@@ -158,7 +158,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     problems = _Problems(Path(path), text)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    _find_auto("", content, problems)
+    _find_auto("", {key: value for key, value in content.items() if key in ALLOWED}, problems)
     _check_top_level(content, problems)
     if isinstance(content.get("zero_optimization"), dict):
         _check_zero(content["zero_optimization"], problems)

@@ -43,14 +43,14 @@ def test_all_four_are_shipped() -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"zero_optimisation": {"stage": 3}, **zero()}, "zero.json:2: zero_optimisation is not a DeepSpeed key; did you "
-         "mean zero_optimization?"),
+        ({"zero_optimisation": {"stage": 3}, **zero()}, "zero.json:2: zero_optimisation is not a DeepSpeed key; did "
+         "you mean zero_optimization?"),
         (zero(stage3_prefetch_buket_size=1), "zero.json:4: zero_optimization.stage3_prefetch_buket_size is not a "
          "DeepSpeed key; did you mean stage3_prefetch_bucket_size?"),
         (zero(offload_param={"device": "cpu", "pin_memry": True}), "zero_optimization.offload_param.pin_memry is not a "
          "DeepSpeed key; did you mean pin_memory?"),
         (zero(reduce_bucket_size="auto"), 'zero_optimization.reduce_bucket_size is "auto"; write a value, or leave'),
-        ({**zero(), "gradient_clipping": "auto"}, 'gradient_clipping is "auto"'),
+        ({**zero(), "gradient_clipping": "auto"}, "gradient_clipping is train_config.yaml: max_grad_norm"),
         ({**zero(), "train_batch_size": 8}, "train_batch_size follows from train_config.yaml: per_device_train_batch"),
         ({**zero(), "bf16": {"enabled": True}}, "bf16 is train_config.yaml: bf16; remove it here"),
         ({**zero(), "optimizer": {"type": "AdamW"}}, "optimizer is train_config.yaml: learning_rate"),
@@ -64,9 +64,9 @@ def test_all_four_are_shipped() -> None:
         ({"zero_optimization": {"stage": 0}}, "is 0, expected 1, 2 or 3"),
         ({"zero_optimization": {}}, "is 0, expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage is 5"),
-        ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}}, "applies to stage 3 only, and the stage"),
+        ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}}, "applies to stage 3 only, and"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm needs stage 2 or 3"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer needs stage 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "needs stage 3"),
         (zero(offload_param={"device": "nvme"}), 'offload_param.device is "nvme", which is not yet supported'),
         (zero(offload_optimizer={"device": "gpu"}), "zero_optimization.offload_optimizer.device is 'gpu'"),
         (zero(reduce_bucket_size=-1), "zero_optimization.reduce_bucket_size is -1"),

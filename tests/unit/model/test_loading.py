@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.model.conftest import ENTRY
 
+from tests.unit.model.conftest import ENTRY
 from vlm_dist.config.vlm_model import LoadingParams, ModelClassEntry
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.model import load_model, load_processor, parse_dtype

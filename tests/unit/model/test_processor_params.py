@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.unit.model.conftest import ENTRY
 
+from tests.unit.model.conftest import ENTRY
 from vlm_dist.config.vlm_model import ProcessorParams
 from vlm_dist.errors import ModelError
 from vlm_dist.model import load_processor

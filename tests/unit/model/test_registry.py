@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.unit.model.conftest import ENTRY
+from safetensors.torch import save_file
 
+from tests.unit.model.conftest import ENTRY
 from vlm_dist.config.vlm_model import ModelClassEntry
 from vlm_dist.errors import ModelError
 from vlm_dist.model import load_model, load_processor, resolve_classes
@@ -81,6 +82,9 @@ def remote_dir(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     directory = tmp_path / "remote_model"
     shutil.copytree(tiny_dir, directory)
+    # transformers saves Qwen2-VL under older names, which it translates back for its own class only
+    weights = {name: weight.clone() for name, weight in load_model(str(tiny_dir), ENTRY).state_dict().items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "modeling_remote.py").write_text(REMOTE_MODEL)
     (directory / "processing_remote.py").write_text(REMOTE_PROCESSOR)
     for name, auto, reference in (
