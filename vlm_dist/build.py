@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from vlm_dist import __version__
 from vlm_dist.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -122,22 +123,9 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
                 plan.check_state(checkpoint.info["plan"])
             cadence = make_cadence(config, plan.num_steps)
             processor, family = make_processor(config)
-            towers = towers_in_use(config, family, [*train_sources, *eval_sources])
+            materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
         start = checkpoint.step if checkpoint is not None else 0
         log.message(f"{batch}; {plan.steps_per_epoch} steps per epoch, {plan.num_steps} steps in all")
-
-        def materialiser(sources: list[Source], for_generation: bool = False) -> Materialiser:
-            return Materialiser(
-                sources, processor, family, config.collator, towers, train_config.seed, for_generation=for_generation
-            )
-
-        materialise = ByPurpose(
-            {
-                "train": materialiser(train_sources),
-                "eval": materialiser(eval_sources),
-                "generate": materialiser(eval_sources, for_generation=True),
-            }
-        )
 
         # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone.
         merge = _ds_merger(config, ds_json, ranks)
@@ -162,6 +150,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             parameter_groups(model, train_config.weight_decay),
             make_lr_schedule(train_config, plan.num_steps),
             ds_config,
+            control_group=ranks.control,
         )
         stack.callback(engine.close)
         if checkpoint is not None:
@@ -222,7 +211,7 @@ def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
     """Open `data.train` or `data.eval` in this process.
 
     Raises:
-        ConfigError: there are none, or a column is missing.
+        ConfigError: there are none to train on.
         DataError: a source cannot be opened.
     """
     settings = getattr(config.data, which)
@@ -230,42 +219,7 @@ def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
         raise ConfigError("data_config.yaml: data.train is empty; name at least one source of samples")
     columns = config.collator.dataset_columns.model_dump()
     media = {columns[key] for key in ("image_column", "video_column") if columns.get(key)}
-    opened = [open_source(one, config.data.index_dir, media) for one in settings]
-    check_columns(config, opened)
-    return opened
-
-
-def check_columns(config: RunConfig, sources: list[Source]) -> None:
-    """Check that the columns that the messages need exist.
-
-    A text column has to be in every source, a media column in one at least (a source of images has no videos).
-
-    Raises:
-        ConfigError: listing what there is.
-    """
-    media = ("image_column", "video_column")
-    problems = []
-    for key, column in config.collator.required_columns.items():
-        lacking = [source for source in sources if column not in source.columns]
-        if lacking and (key not in media or len(lacking) == len(sources)):
-            there = "; ".join(f"{source.name} has {', '.join(source.columns)}" for source in lacking)
-            problems.append(f"dataset_columns.{key}: no column {column!r}: {there}")
-    if problems:
-        fix = "fix: correct dataset_columns in vlm_collator_config.yaml, or columns of the source"
-        raise ConfigError("\n".join([*problems, fix]))
-
-
-def towers_in_use(config: RunConfig, family: Family, sources: list[Source]) -> frozenset[str]:
-    """What every micro-batch calls, fixed for the run: a rank without a picture must still take part under ZeRO-3."""
-    columns = config.collator.dataset_columns
-    switches = config.collator.data_processing
-    wanted = {
-        "image": columns.image_column if switches.image_data else None,
-        "video": columns.video_column if switches.video_data else None,
-    }
-    return frozenset(
-        kind for kind, column in wanted.items() if column and any(column in source.columns for source in sources)
-    )
+    return [open_source(one, config.data.index_dir, media) for one in settings]
 
 
 def make_processor(config: RunConfig) -> tuple[Any, Family]:
@@ -278,6 +232,41 @@ def make_processor(config: RunConfig) -> tuple[Any, Family]:
     )
     facts, _ = PretrainedConfig.get_config_dict(config.model_id, revision=loading.revision or "main")
     return processor, family_for(facts.get("model_type", ""))
+
+
+def make_materialisers(
+    config: RunConfig, train_sources: list[Source], eval_sources: list[Source], processor: Any, family: Family
+) -> ByPurpose:
+    """What the workers do, for each purpose.
+
+    Raises:
+        ConfigError: columns that the messages need are missing, or the family cannot do what is asked.
+    """
+    towers = towers_in_use(config, [*train_sources, *eval_sources])
+
+    def materialiser(sources: list[Source], for_generation: bool = False) -> Materialiser:
+        return Materialiser(sources, processor, family, config.collator, towers, config.train.seed, for_generation)
+
+    return ByPurpose(
+        {
+            "train": materialiser(train_sources),
+            "eval": materialiser(eval_sources),
+            "generate": materialiser(eval_sources, for_generation=True),
+        }
+    )
+
+
+def towers_in_use(config: RunConfig, sources: list[Source]) -> frozenset[str]:
+    """What every micro-batch calls, fixed for the run: a rank without a picture must still take part under ZeRO-3."""
+    columns = config.collator.dataset_columns
+    switches = config.collator.data_processing
+    wanted = {
+        "image": columns.image_column if switches.image_data else None,
+        "video": columns.video_column if switches.video_data else None,
+    }
+    return frozenset(
+        kind for kind, column in wanted.items() if column and any(column in source.columns for source in sources)
+    )
 
 
 def make_plan(config: RunConfig, sources: list[Source], batch: BatchArithmetic) -> Plan:
@@ -352,7 +341,7 @@ def _run_facts(
 ) -> Callable[[dict[str, Any]], RunFacts]:
     """What a checkpoint says besides tensors, given the plan's state."""
     train_config = config.train
-    versions = {name: version(name) for name in ("vlm-dist", "torch", "transformers", "peft", "deepspeed")}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")}
     resolved = config.to_yaml()
     return lambda plan_state: RunFacts(
         plan=plan_state,
@@ -369,7 +358,7 @@ def _run_facts(
                 "max_steps",
             )
         },
-        versions={**versions, "python": platform.python_version()},
+        versions={"vlm-dist": __version__, **versions, "python": platform.python_version()},
         topology={"world_size": ranks.world_size, "zero_stage": engine.zero_stage},
     )
 

@@ -127,7 +127,7 @@ class Evaluator:
         Returns:
             The same on every rank, per source: `<source>/loss` (nats per target token), `<source>/num_samples`,
             `<source>/num_skipped` (samples that could not be read or did not fit), and with generation
-            `<source>/exact_match` (share of all answers).
+            `<source>/exact_match` (share of all answers) and `<source>/num_answers`.
 
         Raises:
             DataError: on every rank, if one cannot read its samples.
@@ -137,6 +137,8 @@ class Evaluator:
         with undisturbed(self._engine.module), torch.no_grad():
             for number, name in enumerate(self._names):
                 tally = self._ranks_tally(self._measure_loss(number))
+                # every held-out sample exactly once, whatever the number of ranks
+                assert tally.num_samples + tally.num_skipped == self._plans[number].num_epoch_samples
                 targets = tally.num_target_tokens
                 metrics[f"{name}/loss"] = (
                     math.fsum(v for _, v in sorted(tally.losses)) / targets if targets else math.nan
@@ -147,6 +149,7 @@ class Evaluator:
                     answers = sorted(self._ranks_tally(self._generate(number)).predictions, key=lambda p: p.index)
                     matches = sum(answer.match for answer in answers)
                     metrics[f"{name}/exact_match"] = matches / len(answers) if answers else math.nan
+                    metrics[f"{name}/num_answers"] = len(answers)
                     predictions += answers
         if self._generation_pool is not None:
             self._write(position, predictions)

@@ -57,10 +57,10 @@ def save_tiny_vlm(directory: Path) -> Path:
     return directory
 
 
-def load_peft(directory: Path, dtype: torch.dtype = torch.float32, r: int = 5) -> PeftModel:
+def load_peft(directory: Path, dtype: torch.dtype = torch.float32, r: int = 5, seed: int = 1) -> PeftModel:
     """Load the checkpoint and attach the adapter, with B not zero, so that A has a gradient from the first step."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=dtype)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     config = LoraConfig(r=r, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
@@ -116,11 +116,11 @@ def ds_config(stage: int, world_size: int, **changes: Any) -> dict[str, Any]:
     return merged
 
 
-def make_engine(directory: Path, config: dict[str, Any], r: int = 5) -> Engine:
+def make_engine(directory: Path, config: dict[str, Any], r: int = 5, seed: int = 1) -> Engine:
     """An engine over the tiny model."""
     bf16 = config["bf16"]["enabled"]
     with zero_init_context(config):
-        model = load_peft(directory, torch.bfloat16 if bf16 else torch.float32, r)
+        model = load_peft(directory, torch.bfloat16 if bf16 else torch.float32, r, seed)
     model.train()
     return Engine.initialise(model, adamw, groups_of(model), schedule, config)
 

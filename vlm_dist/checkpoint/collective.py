@@ -1,4 +1,9 @@
-"""What all ranks do together: save, choose a checkpoint, restore. Rank 0 alone touches the disk."""
+"""What all ranks do together: save, choose a checkpoint, restore. Rank 0 alone touches the disk.
+
+State is collected in the step's thread, straight from the engine: nothing of DeepSpeed's own saving is used, because it
+is not safe against a crash. Only the collecting is collective; everything after `collect_trainable` is rank 0's alone
+and works on tensors in its memory, so that it can move to a thread of its own.
+"""
 
 from __future__ import annotations
 

@@ -122,7 +122,13 @@ class CheckpointStore:
                 for number in range(1, 10_000)
                 if not (candidate := path.parent / f"superseded-{number}-{path.name}").exists()
             )
-            path.rename(aside)
+            try:
+                path.rename(aside)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} belongs to a run that was left by resuming earlier, and cannot be set aside: {error}. "
+                    "Delete or rename it, or the next automatic resume would take it."
+                ) from error
             self._report(f"{path.name} belongs to a run that was left by resuming earlier; renamed to {aside.name}")
 
     def _prune(self) -> None:

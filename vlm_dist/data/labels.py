@@ -32,7 +32,7 @@ class RenderedText:
     """
 
     text: str
-    answers: tuple[Span, ...]
+    answers: tuple[Span, ...] = ()
 
 
 class Renderer:
@@ -61,7 +61,7 @@ class Renderer:
         visual = set(family.image_tokens) | set(family.video_tokens)
         visual |= {getattr(processor, name, None) or "" for name in ("image_token", "video_token", "boi_token")}
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= {token for token in tokenizer.all_special_tokens}
+        special |= set(tokenizer.all_special_tokens)
         self._visual_tokens = sorted(visual - {""})
         enders = sorted(special - visual - {""}, key=lambda token: (-len(token), token))
         self._ender = re.compile(r"\s*(?:" + "|".join(map(re.escape, enders)) + ")") if enders else None
@@ -73,13 +73,13 @@ class Renderer:
         end-of-sequence token is put there, so that the model learns to stop.
 
         Raises:
-            SkipSample: ("bad_sample") a text contains a placeholder token, or the template does not show an answer as it is.
+            SkipSample: ("bad_sample") a text contains a placeholder token, or the template changes an answer.
         """
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         self._refuse_placeholders(texts)
         plain = self._apply(messages, add_generation_prompt)
         if not any(message["role"] == "assistant" for message in messages):
-            return RenderedText(plain, ())
+            return RenderedText(plain)
         opening, closing = _unused_characters(texts)
         marked = self._apply(_mark_answers(messages, opening, closing), add_generation_prompt)
         if marked.replace(opening, "").replace(closing, "") != plain:

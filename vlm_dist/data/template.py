@@ -21,9 +21,8 @@ ChatMessage = dict[str, Any]
 MESSAGES_COLUMN = "messages_column"
 
 _MARKER = re.compile(r"<(image|video)>")
-_ROLES = {
-    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system",
-}  # fmt: skip
+_ROLES = {role: role for role in ("user", "assistant", "system")}
+_ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
 @dataclass(slots=True)
@@ -93,9 +92,8 @@ class MessageBuilder:
         }
         unknown = sorted(used - set(columns) - {"system_prompt"})
         if unknown:
-            raise ConfigError(
-                f"message_format uses {', '.join('{' + name + '}' for name in unknown)}, which dataset_columns does not have"
-            )
+            names = ", ".join("{" + name + "}" for name in unknown)
+            raise ConfigError(f"message_format uses {names}, which dataset_columns does not have")
         self.text_columns = {name: columns[name] for name in sorted(used - {"system_prompt"})}
         self._shown_by = self._assign_placeholders()
 
@@ -107,14 +105,13 @@ class MessageBuilder:
     def _assign_placeholders(self) -> dict[str, str]:
         """Kind of media -> the type of the placeholders that show it."""
         there = {part.type for message in self._messages for part in message.content if part.type != "text"}
-        shown_by = {}
+        shown_by: dict[str, str] = {}
         for kind in self._media_columns:
             other = "video" if kind == "image" else "image"
             placeholder = kind if kind in there else other
             if placeholder not in there:
-                raise ConfigError(
-                    f"message_format.training_messages has no {{type: {kind}}} part, but data_processing.{kind}_data is on"
-                )
+                switch = f"data_processing.{kind}_data"
+                raise ConfigError(f"{switch} is on, but message_format.training_messages has no {{type: {kind}}} part")
             shown_by[kind] = placeholder
         return shown_by
 
@@ -129,7 +126,7 @@ class MessageBuilder:
             return _read_conversation(fields.get(self._messages_column), self._messages_column, media)
         values = {name: _as_text(fields, column) for name, column in self.text_columns.items()}
         values["system_prompt"] = self._system_prompt or ""
-        places = [part.type for message in self._messages for part in message.content]
+        places: list[str] = [part.type for message in self._messages for part in message.content]
         left = {kind: places.count(placeholder) for kind, placeholder in self._shown_by.items()}
         queues = {kind: list(items) for kind, items in media.items()}
         conversation = Conversation()
@@ -195,7 +192,7 @@ def _as_text(fields: Mapping[str, Any], column: str) -> str:
 
 def _read_conversation(value: Any, column: str, media: Mapping[str, list[Media]]) -> Conversation:
     """Read a conversation in ShareGPT form; `<image>` and `<video>` in its texts stand for the media, in order."""
-    turns = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    turns = _parse_list(value) if isinstance(value, str) else value
     if not isinstance(turns, list | tuple) or not turns:
         raise SkipSample("bad_sample", f"column {column!r} is no list of messages")
     conversation = Conversation()
@@ -219,6 +216,14 @@ def _read_conversation(value: Any, column: str, media: Mapping[str, list[Media]]
     if conversation.messages[-1]["role"] != "assistant":
         raise SkipSample("bad_sample", "the last message is not the assistant's")
     return conversation
+
+
+def _parse_list(text: str) -> Any:
+    """Parse a conversation that is stored as JSON text; None where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _read_turn(turn: Any, column: str) -> tuple[str, str]:

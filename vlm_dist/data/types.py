@@ -134,6 +134,8 @@ class MicroBatch:
         num_target_tokens: labels that are not `IGNORE_INDEX`.
         num_tokens: real tokens of the samples, without padding and without dummies.
         num_computed_tokens: B x T.
+        num_reduced: samples whose images or clips were made smaller to fit max_length.
+        num_cut: samples whose text was cut at max_length.
     """
 
     job: MicroBatchJob
@@ -146,3 +148,5 @@ class MicroBatch:
     null_slots: list[NullSlot] = field(default_factory=list)
     origins: list[SampleOrigin] = field(default_factory=list)
     references: list[str] = field(default_factory=list)  # the answers, for evaluation by generation; else empty
+    num_reduced: int = 0
+    num_cut: int = 0

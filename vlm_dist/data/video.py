@@ -111,6 +111,12 @@ def _as_path(source: bytes | Path) -> Iterator[str]:
         os.close(descriptor)
 
 
+def blank_clip(num_frames: int, width: int, height: int) -> Clip:
+    """Make a black clip of one second."""
+    frames = np.zeros((num_frames, height, width, 3), dtype=np.uint8)
+    return Clip(frames, tuple(range(num_frames)), float(num_frames), num_frames)
+
+
 def keep_frames(clip: Clip, num_frames: int) -> Clip:
     """Thin a clip out to `num_frames`, evenly; a clip that has no more is returned as it is."""
     if num_frames >= len(clip.indices):

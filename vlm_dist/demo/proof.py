@@ -75,10 +75,10 @@ def read_run(metrics_file: Path, sources: Sequence[str]) -> RunRecord:
 
 
 def _exact_match(record: Mapping[str, Any], source: str, metrics_file: Path) -> float:
-    names = [name for name in record if "exact_match" in name and source in name]
-    if len(names) != 1:
+    value = record.get(f"{source}/exact_match")
+    if value is None:
         raise DataError(f"{metrics_file}: no exact match of {source!r} at step {record['step']}, only {list(record)}")
-    return float(record[names[0]])
+    return float(value)
 
 
 def load_and_score(base: Path, adapter: Path, heldout: DigitSplit) -> AdapterProof:

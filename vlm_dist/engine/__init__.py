@@ -3,7 +3,7 @@
 from vlm_dist.engine.deepspeed_json import load_deepspeed_json
 from vlm_dist.engine.engine import Engine, StepOutcome
 from vlm_dist.engine.merge import DerivedValue, merge_deepspeed_config
-from vlm_dist.engine.runtime import init_deepspeed_comm, library_versions, prepare_deepspeed
+from vlm_dist.engine.runtime import init_deepspeed_comm, prepare_deepspeed
 from vlm_dist.engine.trainable_state import NamedState, TrainableState
 from vlm_dist.engine.zero_init import zero_init_context
 
@@ -14,7 +14,6 @@ __all__ = [
     "StepOutcome",
     "TrainableState",
     "init_deepspeed_comm",
-    "library_versions",
     "load_deepspeed_json",
     "merge_deepspeed_config",
     "prepare_deepspeed",

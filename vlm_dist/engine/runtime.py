@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from datetime import timedelta
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -51,8 +51,3 @@ def init_deepspeed_comm(timeout: timedelta = timedelta(minutes=15)) -> None:
 
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=timeout)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that decide what a run computes, for the checkpoint."""
-    return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed")}

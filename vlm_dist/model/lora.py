@@ -101,7 +101,13 @@ def lora_targets(
     """
     towers = towers or find_towers(model)
     _check_policy(policy)
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    # torch's own attention reads its output projection's weight without calling it: LoRA there would do nothing
+    idle_parents = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and name.rpartition(".")[0] not in idle_parents
+    ]
     unused = without_gradient(model, towers)
     allowed = [
         name

@@ -134,7 +134,7 @@ def test_renames_and_limits(pictures):
 
 
 def test_a_streamed_data_set_is_refused(pictures):
-    with pytest.raises(DataError, match=r"IterableDataset.*shards build"):
+    with pytest.raises(DataError, match=r"IterableDataset.*ShardWriter"):
         ArrowSource("x", pictures.to_iterable_dataset())
 
 

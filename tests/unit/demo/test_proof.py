@@ -23,7 +23,7 @@ def metrics(directory, *records):
 
 
 def evaluation(step, images, clips):
-    return {"kind": "eval", "step": step, "exact_match/images": images, "exact_match/clips": clips}
+    return {"kind": "eval", "step": step, "images/exact_match": images, "clips/exact_match": clips}
 
 
 TRAINED = {"kind": "train", "step": 400, "num_steps": 400, "loss": 0.25}

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_another_family_is_refused(tiny_dir: Path) -> None:
     llava = ModelClassEntry(
         model_class="LlavaForConditionalGeneration", processor_class="LlavaProcessor", import_path="transformers"
     )
-    with pytest.raises(ModelError, match="is a 'qwen2_vl'.*Its class is Qwen2VLForConditionalGeneration"):
+    with pytest.raises(ModelError, match=r"is a 'qwen2_vl'.*Its class is Qwen2VLForConditionalGeneration"):
         load_model(str(tiny_dir), llava)
 
 

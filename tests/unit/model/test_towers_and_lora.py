@@ -61,6 +61,30 @@ def test_llava_has_no_lora_where_no_gradient_comes() -> None:
     assert [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "vision", "projector"),
+    [
+        (
+            "Qwen3VLForConditionalGeneration",
+            "model.visual",
+            {"model.visual.merger", "model.visual.deepstack_merger_list"},
+        ),
+        ("Glm4vForConditionalGeneration", "model.visual", {"model.visual.merger", "model.visual.downsample"}),
+        ("InternVLForConditionalGeneration", "model.vision_tower", {"model.multi_modal_projector"}),
+        ("PaliGemmaForConditionalGeneration", "model.vision_tower", {"model.multi_modal_projector"}),
+        ("Idefics2ForConditionalGeneration", "model.vision_model", {"model.connector"}),
+    ],
+)
+def test_towers_of_other_families(name: str, vision: str, projector: set[str]) -> None:
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, name)(getattr(transformers, name).config_class())
+    towers = find_towers(model)
+    assert towers["vision"] == (vision,) and set(towers["projector"]) == projector
+    assert towers["head"] == ("lm_head",) and towers["language"]
+
+
 @pytest.mark.parametrize("trained", ["vision", "projector", "language"])
 def test_the_policy_decides_which_tower_is_trained(tiny_model: Any, trained: str) -> None:
     policy = {tower: "lora" if tower == trained else "freeze" for tower in ALL_LORA}

@@ -55,7 +55,7 @@ class ArrowSource:
         if not isinstance(dataset, datasets.Dataset):
             raise DataError(
                 f"{name}: a {type(dataset).__name__} cannot be read by row, so a run could not resume exactly; "
-                "write it into shards once: vlm-dist shards build"
+                "write it into tar shards once, with vlm_dist.data.shard_writer.ShardWriter"
             )
         self.name = name
         if max_samples is not None and max_samples < len(dataset):

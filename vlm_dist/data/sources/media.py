@@ -36,8 +36,8 @@ class MediaRoot:
         """
         if "://" in value:
             raise DataError(
-                f"{self._where}: {value!r} is a URL; training reads local files only. Fetch the media into shards: "
-                "vlm-dist shards build"
+                f"{self._where}: {value!r} is a URL; training reads local files only. Fetch the media first, "
+                "into files under media_root or into tar shards (vlm_dist.data.shard_writer.ShardWriter)"
             )
         if self._real is None:
             raise DataError(

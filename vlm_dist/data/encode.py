@@ -1,0 +1,258 @@
+"""From rendered text and decoded media to the tensors of one sample, through the model's own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm_dist.data.labels import RenderedText, Span, answer_tokens
+from vlm_dist.data.video import Clip
+from vlm_dist.errors import ModelError, SkipSample
+from vlm_dist.families import Family
+
+# Shapes: T tokens of the sample; visual tensors as the family has them, never sliced on dim 0
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One sample as the processor sees it.
+
+    Attributes:
+        tokens: keys with one entry per token, [T] each; `input_ids` is one of them.
+        visual: the other keys.
+        answers: bool [T], tokens of the answers with their terminators.
+        is_visual: bool [T], tokens that stand for image or video features.
+    """
+
+    tokens: dict[str, Tensor]
+    visual: dict[str, Tensor]
+    answers: Tensor
+    is_visual: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.tokens["input_ids"].shape[0])
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens up to the last visual one, which can never be cut."""
+        places = self.is_visual.nonzero()
+        return int(places[-1]) + 1 if len(places) else 0
+
+    def cut(self, max_length: int) -> Encoded:
+        """Cut the text at the end."""
+        assert self.num_kept <= max_length
+        tokens = {key: value[:max_length] for key, value in self.tokens.items()}
+        return Encoded(tokens, self.visual, self.answers[:max_length], self.is_visual[:max_length])
+
+
+@dataclass(frozen=True, slots=True)
+class TextLength:
+    """Tokens of a sample's text alone, its placeholders not counted.
+
+    Attributes:
+        num_tokens: of the whole text.
+        num_before_visual_end: before the last placeholder.
+        num_before_answer: before the first answer, or before the last placeholder if that comes later.
+    """
+
+    num_tokens: int
+    num_before_visual_end: int
+    num_before_answer: int
+
+
+class Encoder:
+    """Calls the processor on one sample at a time.
+
+    Args:
+        processor: of the model.
+        family: its row.
+    """
+
+    def __init__(self, processor: Any, family: Family) -> None:
+        self._processor = processor
+        self._family = family
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self._has_offsets = bool(getattr(self.tokenizer, "is_fast", False)) and hasattr(
+            processor, "get_text_with_replacements"
+        )
+        self._visual_ids = torch.tensor(sorted(_visual_ids(processor, self.tokenizer, family)), dtype=torch.int64)
+
+    def encode(
+        self,
+        rendered: RenderedText,
+        images: Sequence[Image.Image] = (),
+        clips: Sequence[Clip] = (),
+        *,
+        answer: str | None = None,
+        do_resize: bool | None = None,
+    ) -> Encoded:
+        """Turn one sample into tensors. Nothing is padded or cut.
+
+        Args:
+            rendered: the text, with one placeholder per image and video.
+            images: in the order of their placeholders.
+            clips: the same.
+            answer: for families that take it apart from the text.
+            do_resize: False keeps the processor from resizing.
+
+        Raises:
+            SkipSample: ("bad_sample") the processor refuses the sample.
+        """
+        try:
+            data = self._call(rendered.text, images, clips, answer, do_resize)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            # a systematic refusal shows when the materialiser encodes its dummies, before training
+            message = f"the processor refuses the sample: {type(error).__name__}: {error}"
+            raise SkipSample("bad_sample", message) from error
+        offsets = data.pop("offset_mapping", None)
+        replacements = data.pop("text_replacement_offsets", None)
+        data.pop("labels", None)
+        input_ids = _as_tensor(data["input_ids"])[0]
+        length = input_ids.shape[0]
+        tokens: dict[str, Tensor] = {}
+        visual: dict[str, Tensor] = {}
+        for key, value in data.items():
+            tensor = _as_tensor(value)
+            if key == "input_ids" or key in self._family.pad_values:
+                assert tensor.shape == (1, length), f"{key}: {tuple(tensor.shape)}, expected (1, {length})"
+                tokens[key] = tensor[0]
+            else:
+                visual[key] = tensor
+        is_visual = torch.isin(input_ids, self._visual_ids) | (input_ids < 0)
+        if self._family.answer_argument is not None:
+            answers = tokens["token_type_ids"] == 1
+        else:
+            answers = self._find_answers(rendered, offsets, replacements, length)
+        return Encoded(tokens, visual, answers, is_visual)
+
+    def measure_text(self, rendered: RenderedText, answer: str | None = None) -> TextLength:
+        """Count the tokens of a text, without its media."""
+        tokenized = self.tokenizer(
+            rendered.text,
+            add_special_tokens=self._adds_special_tokens(rendered.text),
+            return_offsets_mapping=self._has_offsets,
+        )
+        is_visual = torch.isin(torch.tensor(tokenized["input_ids"], dtype=torch.int64), self._visual_ids)
+        num_text = int((~is_visual).sum())
+        places = is_visual.nonzero()
+        before_visual_end = int((~is_visual[: int(places[-1])]).sum()) if len(places) else 0
+        if answer is not None:
+            num_answer = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1  # and its terminator
+            num_prompt = num_text + 2  # the processor adds bos and a line break
+            return TextLength(num_prompt + num_answer, before_visual_end, num_prompt)
+        before_answer = before_visual_end
+        if rendered.answers and self._has_offsets:
+            answers = answer_tokens(tokenized["offset_mapping"], rendered.answers).nonzero()
+            if len(answers):
+                before_answer = max(before_answer, int((~is_visual[: int(answers[0])]).sum()))
+        return TextLength(num_text, before_visual_end, before_answer)
+
+    def dummy_side(self, kind: str) -> int:
+        """Side in pixels of the smallest square picture that stands for one token, or the family's own."""
+        if self._family.dummy_side_pixels is not None:
+            return self._family.dummy_side_pixels
+        part = getattr(self._processor, f"{kind}_processor", None) or self._processor.image_processor
+        return int(part.patch_size) * int(getattr(part, "merge_size", 1))
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def _call(
+        self,
+        text: str,
+        images: Sequence[Image.Image],
+        clips: Sequence[Clip],
+        answer: str | None,
+        do_resize: bool | None,
+    ) -> dict[str, Any]:
+        text_arguments: dict[str, Any] = {"add_special_tokens": self._adds_special_tokens(text)}
+        wants_offsets = self._has_offsets and self._family.answer_argument is None
+        if wants_offsets:
+            text_arguments["return_offsets_mapping"] = True
+        if self._family.processor_needs_image and not images:
+            return self._tokenize_alone(text, answer, text_arguments)
+        arguments: dict[str, Any] = {"return_tensors": "pt", "text_kwargs": text_arguments}
+        if wants_offsets:
+            arguments["return_text_replacement_offsets"] = True
+        if answer is not None:
+            assert self._family.answer_argument is not None
+            arguments[self._family.answer_argument] = [answer]
+        resize = {} if do_resize is None else {"do_resize": do_resize}
+        if images:
+            arguments["images"] = [list(images)]
+            arguments["images_kwargs"] = resize
+        if clips:
+            arguments["videos"] = [clip.frames for clip in clips]
+            arguments["videos_kwargs"] = dict(resize)
+            if self._family.needs_video_metadata:
+                arguments["videos_kwargs"] |= {
+                    "do_sample_frames": False,
+                    "video_metadata": [clip.metadata for clip in clips],
+                }
+        return dict(self._processor(text=[text], **arguments))
+
+    def _tokenize_alone(self, text: str, answer: str | None, text_arguments: dict[str, Any]) -> dict[str, Any]:
+        """A sample without an image, in the layout that the processor gives to one with images."""
+        pair = None if answer is None else [answer + (self.tokenizer.eos_token or "")]
+        return dict(
+            self.tokenizer(
+                [(self.tokenizer.bos_token or "") + text + "\n"],
+                text_pair=pair,
+                return_token_type_ids=True,
+                return_tensors="pt",
+                **text_arguments,
+            )
+        )
+
+    def _find_answers(self, rendered: RenderedText, offsets: Any, replacements: Any, length: int) -> Tensor:
+        """Find the answers' tokens in the text with expanded placeholders."""
+        if not rendered.answers:
+            return torch.zeros(length, dtype=torch.bool)
+        if offsets is None:
+            raise ModelError(
+                f"{type(self._processor).__name__} does not tell which characters a token comes from, so that answers "
+                "cannot be told from prompts; use a fast tokenizer"
+            )
+        shown = replacements[0] if replacements else []
+        for one in shown:
+            start, end = one["span"]
+            if rendered.text[start:end] != one["text"]:
+                raise ModelError(f"{type(self._processor).__name__} edits the text before it expands {one['text']!r}")
+        spans = [_shifted(span, shown) for span in rendered.answers]
+        return answer_tokens(_as_tensor(offsets)[0].tolist(), spans)
+
+
+def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
+    """Move a span of the text to where it is once the placeholders before it are expanded."""
+    moved = []
+    for position in span:
+        before = [one for one in replacements if one["span"][1] <= position]
+        moved.append(position + sum(len(one["replacement"]) - len(one["text"]) for one in before))
+    return moved[0], moved[1]
+
+
+def _visual_ids(processor: Any, tokenizer: Any, family: Family) -> set[int]:
+    names = [*family.image_tokens, *family.video_tokens]
+    ids = {tokenizer.convert_tokens_to_ids(name) for name in names}
+    if not names:
+        for kind in ("image", "video"):
+            ids.add(getattr(processor, f"{kind}_token_id", None))
+            ids |= set(getattr(processor, f"{kind}_token_ids", None) or ())
+    return {int(one) for one in ids if one is not None and one != getattr(tokenizer, "unk_token_id", None)}
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+        return torch.stack(list(value))
+    return torch.from_numpy(np.asarray(value))

@@ -1,0 +1,243 @@
+"""Brings the steps of the plan to the trainer, agreed by all ranks, while earlier steps are still trained on."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlm_dist.data.plan import Plan
+from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.types import NULL_CLASSES, MicroBatch, MicroBatchJob, NullSlot, StepPlan
+from vlm_dist.data.workers import PoolClosedError, PoolJob, WorkerPool
+from vlm_dist.distributed.agreement import Pending, StepAgreement, Verdict
+from vlm_dist.errors import DataError, DistributedError
+
+log = logging.getLogger(__name__)
+
+_COUNTS = ("num_target_tokens", "num_tokens", "num_computed_tokens", "num_samples", "num_reduced", "num_cut")
+
+#: What the ranks tell each other about a step; the fields of the StepAgreement that the feed is given.
+FEED_FIELDS = ("plan_digest", "stop", "fetch_error", *_COUNTS, *(f"null_{name}" for name in NULL_CLASSES))
+
+#: So many samples in a row that cannot be used are no bad luck: something is wrong with the data or the settings.
+MAX_BAD_SAMPLES_IN_A_ROW = 64
+
+
+@dataclass(slots=True)
+class FeedStep:
+    """One step, ready to train on.
+
+    Attributes:
+        plan: which samples, on all ranks.
+        micro_batches: of this rank; empty after an error.
+        verdict: what all ranks found; the same on all of them.
+        data_wait_seconds: time that the caller waited for this step and for the other ranks' votes on it.
+        error: why this rank could not make its micro-batches, where it could not.
+    """
+
+    plan: StepPlan
+    micro_batches: list[MicroBatch]
+    verdict: Verdict
+    data_wait_seconds: float
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class _Fetched:
+    plan: StepPlan
+    micro_batches: list[MicroBatch]
+    error: Exception | None
+    vote: Pending
+
+
+class _Jobs(Protocol):
+    def submit(self, job: MicroBatchJob) -> PoolJob: ...
+
+
+class StepFeed:
+    """Iterates over `FeedStep`s from a position to the end of the plan.
+
+    A step is voted on as soon as its micro-batches are there, while earlier steps are trained on. A rank that cannot
+    fetch a step does not raise, since the others would wait for it: it votes, and all ranks leave together.
+
+    Args:
+        plan: the same on all ranks.
+        pool: makes micro-batches; the feed closes it.
+        rank: of this process.
+        world_size: number of ranks.
+        agreement: with the fields `FEED_FIELDS`; used by nothing else.
+        start_step: first step.
+        prefetch_steps: how many steps are fetched ahead of the one that is trained on, where the pool has workers.
+        stop_requested: asked once per step, for the vote.
+        quarantine: where unusable samples are written down.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        pool: WorkerPool,
+        rank: int,
+        world_size: int,
+        agreement: StepAgreement,
+        start_step: int = 0,
+        prefetch_steps: int = 2,
+        stop_requested: Callable[[], bool] = lambda: False,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._rank = rank
+        self._world_size = world_size
+        self._agreement = agreement
+        self._next_step = start_step
+        self._stop_requested = stop_requested
+        self._quarantine = quarantine
+        self._digest = int(plan.digest[:15], 16)  # fits an int64
+        self._bad_in_a_row: list[NullSlot] = []
+        self._num_ahead = max(1, prefetch_steps)
+        self._room = threading.Semaphore(self._num_ahead)
+        self._ready: queue.SimpleQueue[_Fetched | Exception | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._ended = False
+
+    def __iter__(self) -> Iterator[FeedStep]:
+        return self
+
+    def __next__(self) -> FeedStep:
+        """Give the next step. Collective: every rank calls this.
+
+        Raises:
+            DistributedError: a rank is gone, or has another plan.
+        """
+        if self._ended or self._closing.is_set():
+            raise StopIteration
+        started = time.perf_counter()
+        fetched = self._fetch_here() if self._pool.num_workers == 0 else self._take()
+        if fetched is None:
+            self._ended = True
+            raise StopIteration
+        verdict = fetched.vote.wait()
+        waited = time.perf_counter() - started
+        self._check_digest(verdict)
+        if fetched.error is not None:
+            self._ended = True
+        if self._quarantine is not None:
+            self._quarantine.record(
+                fetched.plan.step, [slot for batch in fetched.micro_batches for slot in batch.null_slots]
+            )
+        return FeedStep(fetched.plan, fetched.micro_batches, verdict, waited, fetched.error)
+
+    def close(self) -> None:
+        """End the thread and the workers, also in the middle of an epoch."""
+        self._closing.set()
+        self._room.release()
+        self._pool.close()
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+
+    def __enter__(self) -> StepFeed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _fetch_here(self) -> _Fetched | None:
+        if self._next_step >= self._plan.num_steps:
+            return None
+        plan = self._plan.step(self._next_step)
+        self._next_step += 1
+        return self._collect(plan, self._submit(plan))
+
+    def _take(self) -> _Fetched | None:
+        """Wait for the thread; taking a step makes room for another."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._prefetch, name="step-feed", daemon=True)
+            self._thread.start()
+        item = self._ready.get()
+        self._room.release()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def _prefetch(self) -> None:
+        """Run in the thread: keep `prefetch_steps` steps either at the workers or ready."""
+        under_way: deque[tuple[StepPlan, list[PoolJob] | Exception]] = deque()
+        try:
+            while not self._closing.is_set():
+                while self._next_step < self._plan.num_steps and self._room.acquire(blocking=not under_way):
+                    if self._closing.is_set():
+                        return
+                    plan = self._plan.step(self._next_step)
+                    self._next_step += 1
+                    under_way.append((plan, self._submit(plan)))
+                if not under_way:
+                    self._ready.put(None)
+                    return
+                fetched = self._collect(*under_way.popleft())
+                self._ready.put(fetched)
+                if fetched.error is not None:
+                    return
+        except PoolClosedError:
+            self._ready.put(None)
+        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
+            self._ready.put(error)
+
+    def _submit(self, plan: StepPlan) -> list[PoolJob] | Exception:
+        try:
+            return [self._pool.submit(job) for job in plan.for_rank(self._rank, self._world_size)]
+        except PoolClosedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - voted on in `_collect`
+            return error
+
+    def _collect(self, plan: StepPlan, jobs: list[PoolJob] | Exception) -> _Fetched:
+        """Wait for a step's micro-batches and vote on it. Collective: every rank does this once per step, in order."""
+        batches: list[MicroBatch] = []
+        error: Exception | None = None
+        try:
+            if isinstance(jobs, Exception):
+                raise jobs
+            batches = [job.result() for job in jobs]
+            self._break_circuit(batches)
+        except PoolClosedError:
+            raise
+        except Exception as caught:  # voted, so that all ranks leave together
+            log.error("step %d cannot be fetched: %s", plan.step, caught, exc_info=not isinstance(caught, DataError))
+            batches, error = [], caught
+        counts = {name: sum(getattr(batch, name) for batch in batches) for name in _COUNTS}
+        for name in NULL_CLASSES:
+            counts[f"null_{name}"] = sum(slot.null_class == name for batch in batches for slot in batch.null_slots)
+        counts["plan_digest"] = self._digest
+        counts["fetch_error"] = int(error is not None)
+        counts["stop"] = int(self._stop_requested())
+        return _Fetched(plan, batches, error, self._agreement.vote(plan.step, counts))
+
+    def _break_circuit(self, batches: Sequence[MicroBatch]) -> None:
+        """Give up when nothing but unusable samples comes: the run would go on without learning anything."""
+        for batch in batches:
+            if batch.num_samples:
+                self._bad_in_a_row.clear()
+            else:
+                self._bad_in_a_row += [slot for slot in batch.null_slots if slot.origin is not None]
+        if len(self._bad_in_a_row) >= MAX_BAD_SAMPLES_IN_A_ROW:
+            shown = [f"  {slot.origin} ({slot.null_class}): {slot.message}" for slot in self._bad_in_a_row[:3]]
+            raise DataError(
+                f"none of the last {len(self._bad_in_a_row)} samples can be used: the settings or the data are wrong\n"
+                + "\n".join(shown)
+            )
+
+    def _check_digest(self, verdict: Verdict) -> None:
+        digests = verdict.per_rank["plan_digest"]
+        if len(set(digests)) > 1:
+            odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise DistributedError(
+                f"step {verdict.step}: ranks {odd} have another plan than rank 0; "
+                "check that all nodes see the same data and the same config"
+            )

@@ -1,0 +1,108 @@
+"""What must hold between collator config, data and family, and what is worth a line; checked once, before training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_dist.config.vlm_collator import VlmCollatorConfig
+from vlm_dist.data.template import MessageBuilder
+from vlm_dist.data.types import Source
+from vlm_dist.errors import ConfigError, ModelError
+from vlm_dist.families import Family
+
+log = logging.getLogger(__name__)
+
+
+def choose_kinds(config: VlmCollatorConfig, family: Family) -> frozenset[str]:
+    """Choose what is read: "image", "video", both, or nothing.
+
+    Raises:
+        ConfigError: videos are on, but the family takes none.
+    """
+    switches = config.data_processing
+    images, videos = switches.image_data, switches.video_data
+    if videos and not family.takes_video:
+        raise ConfigError(f"data_processing.video_data is on, but models of the family {family.name} take no videos")
+    if images and videos and not family.takes_image_and_video:
+        log.warning(
+            "image_data and video_data are both on, but models of the family %s are given one kind: "
+            "videos have priority, images are left out",
+            family.name,
+        )
+        images = False
+    return frozenset(kind for kind, is_on in (("image", images), ("video", videos)) if is_on)
+
+
+def check_columns(builder: MessageBuilder, sources: Sequence[Source]) -> None:
+    """Check that the data has the columns that the messages need.
+
+    A text column has to be in every source; a column of images or videos in one at least.
+
+    Raises:
+        ConfigError: listing all that are missing, and what there is.
+    """
+    problems = []
+    for source in sources:
+        for variable, column in builder.text_columns.items():
+            if column not in source.columns:
+                there = ", ".join(source.columns)
+                problems.append(f"dataset_columns.{variable}: {source.name} has no column {column!r}; it has: {there}")
+    media = builder.media_columns
+    for kind, column in media.items():
+        if sources and not any(column in source.columns for source in sources):
+            there = "; ".join(f"{source.name} has: {', '.join(source.columns)}" for source in sources)
+            problems.append(f"dataset_columns.{kind}_column: no source has a column {column!r}; {there}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for source in sources:
+        if media and not any(column in source.columns for column in media.values()):
+            log.warning("%s has no column %s: its samples are text only", source.name, " or ".join(media.values()))
+
+
+def check_labels(config: VlmCollatorConfig, family: Family) -> None:
+    """Check that the labels can be made as configured, and say what has no effect.
+
+    Raises:
+        ConfigError: visual tokens are to be learned, but have no ids that could be.
+    """
+    if family.negative_image_ids and not config.label_masking.mask_image_token:
+        raise ConfigError(
+            f"label_masking.mask_image_token is false, but models of the family {family.name} have negative ids in the "
+            "place of images, which cannot be learned; set it to true"
+        )
+    if config.data_processing.video_data and not config.video_processing.file_processing.convert_to_rgb:
+        log.warning("video_processing.file_processing.convert_to_rgb: false has no effect: decord gives RGB frames")
+
+
+def choose_pad_token(tokenizer: Any) -> int:
+    """Choose the id that fills rows up: the tokenizer's pad token, else its end-of-sequence token.
+
+    Raises:
+        ModelError: it has neither.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ModelError(f"{type(tokenizer).__name__} has no pad token and no end-of-sequence token to fill rows with")
+
+
+def find_markers(kinds: frozenset[str], processor: Any, family: Family) -> Mapping[str, str]:
+    """Find what the model's text has in the place of one image or video.
+
+    Raises:
+        ModelError: neither the family nor the processor tells.
+    """
+    own = {"image": family.image_marker, "video": family.video_marker}
+    markers = {}
+    for kind in sorted(kinds):
+        names = ["boi_token", "image_token"] if kind == "image" else ["video_token"]
+        found = own[kind] or next((token for name in names if (token := getattr(processor, name, None))), None)
+        if found is None:
+            raise ModelError(
+                f"{type(processor).__name__} does not say which token stands for one {kind}; "
+                f"switch data_processing.{kind}_data off, or use a model whose processor has {kind}_token"
+            )
+        markers[kind] = str(found)
+    return markers

@@ -1,0 +1,85 @@
+"""Keeps a record of the samples that could not be used: one line of JSON each, and counts by class."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from vlm_dist.data.types import NullSlot
+
+log = logging.getLogger(__name__)
+
+_NUM_SHOWN = 5  # per class; the file has all
+
+
+class Quarantine:
+    """Appends null slots to `<output_dir>/quarantine/rank-<rank>.jsonl`; the file appears with the first line.
+
+    Empty slots at the end of an epoch are counted, but not written: no sample is behind them.
+
+    Args:
+        output_dir: of the run.
+        rank: of this process; every rank has a file of its own, so that none waits for another.
+
+    Attributes:
+        counts: null slots of this process by class.
+    """
+
+    def __init__(self, output_dir: str | Path, rank: int) -> None:
+        self.path = Path(output_dir) / "quarantine" / f"rank-{rank:05d}.jsonl"
+        self.counts: Counter[str] = Counter()
+        self._rank = rank
+        self._stream: IO[str] | None = None
+
+    def record(self, step: int, null_slots: Sequence[NullSlot]) -> None:
+        """Write down the null slots of one step."""
+        for slot in null_slots:
+            self.counts[slot.null_class] += 1
+            if slot.origin is None:
+                continue
+            self._write(
+                {
+                    "source": slot.origin.source,
+                    "shard": slot.origin.shard,
+                    "key": slot.origin.key,
+                    "class": slot.null_class,
+                    "message": slot.message,
+                    "step": step,
+                    "rank": self._rank,
+                }
+            )
+            if self.counts[slot.null_class] <= _NUM_SHOWN:
+                log.warning("%s is skipped (%s): %s", slot.origin, slot.null_class, slot.message)
+            if self.counts[slot.null_class] == _NUM_SHOWN:
+                log.warning("more samples skipped as %s are only written to %s", slot.null_class, self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._stream is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("a", encoding="utf-8")
+        self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+
+def read_quarantine(output_dir: str | Path) -> list[dict[str, Any]]:
+    """Read the records of all ranks, ordered by step."""
+    records: list[dict[str, Any]] = []
+    for path in sorted((Path(output_dir) / "quarantine").glob("rank-*.jsonl")):
+        records += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return sorted(records, key=lambda record: (record["step"], record["rank"]))
