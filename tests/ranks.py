@@ -26,7 +26,7 @@ def _main(function: Callable[..., Any], rank: int, world_size: int, port: int, a
         results.put((rank, function(ranks, *args), None))
         ranks.barrier()
         shut_down()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it
         results.put((rank, None, traceback.format_exc()))
 
 

@@ -1,4 +1,4 @@
-"""A complete run in a directory: tiny Qwen2-VL, shards of pictures and clips, config files; and the real command line."""
+"""A complete run in a directory (tiny Qwen2-VL, shards, config files), and the real command line."""
 
 from __future__ import annotations
 

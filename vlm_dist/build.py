@@ -90,6 +90,7 @@ class RunParts:
             self.log.message(f"done: {total} steps; adapter: {self.publish_adapter()}")
         else:
             self.log.message(f"{ending.value} at step {position} of {total}; continue with --set train.resume=auto")
+        self.trainer.ranks.barrier()  # nobody takes the engine apart while another still needs a collective
 
 
 @contextmanager

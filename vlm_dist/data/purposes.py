@@ -18,6 +18,7 @@ class ByPurpose:
     materialisers: Mapping[Purpose, Callable[[MicroBatchJob], MicroBatch]]
 
     def __call__(self, job: MicroBatchJob) -> MicroBatch:
+        """Make the micro-batch."""
         return self.materialisers[job.purpose](job)
 
 

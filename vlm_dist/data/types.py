@@ -75,7 +75,8 @@ class Source(Protocol):
     def predicted_lengths(self, rows: np.ndarray) -> np.ndarray:
         """Predicted number of tokens (text and visual) per row: int64 [len(rows)]."""
 
-    def origin(self, index: int) -> SampleOrigin: ...
+    def origin(self, index: int) -> SampleOrigin:
+        """Where a sample comes from, without reading it."""
 
     def read(self, index: int) -> RawSample:
         """Read one sample's bytes.

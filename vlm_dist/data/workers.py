@@ -99,7 +99,9 @@ class WorkerPool:
                 except BrokenProcessPool:
                     executor, self._executor = self._executor, None
                     _end(executor)
-        raise DataError("data workers die as soon as they are started; their own messages are above. Try num_workers 0")
+        raise DataError(
+            "data workers die as soon as they are started; their messages are above. Try train.dataloader_num_workers=0"
+        )
 
     def _make_executor(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("forkserver")
@@ -237,7 +239,9 @@ def _end_with_owner() -> None:
 
 def _run(job: MicroBatchJob) -> bytes:
     if _worker_materialise is None:
-        raise DataError(f"a data worker could not be set up: {_worker_failure}; num_workers 0 works without workers")
+        raise DataError(
+            f"a data worker could not be set up: {_worker_failure}; train.dataloader_num_workers=0 works without workers"
+        )
     try:
         return pack(_worker_materialise(job))
     except VlmDistError:

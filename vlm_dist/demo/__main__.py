@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,15 +36,16 @@ HELDOUT = {"images": "images-heldout", "clips": "clips-heldout"}  # source name 
 NUM_PROCESSES = 2
 DEFAULT_PORT = 29500  # DeepSpeed's; another one where it is taken
 
-SHORT_STEPS = 80
+SHORT_STEPS = 120
 #: Exact match that must be reached, by source; chance is 0.1 and 0.01.
-SHORT_FLOOR = {"images": 0.3, "clips": 0.03}
+SHORT_FLOOR = {"images": 0.3, "clips": 0.1}
 FULL_FLOOR = {"images": 0.85, "clips": 0.5}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; gives back the exit code."""
     options = _parse(arguments)
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft 0.21, transformers 5.23
     disable_progress_bar()  # type: ignore[no-untyped-call]  # a checkpoint of a megabyte needs none
     started = time.monotonic()
     if not RUN_FILE.exists():

@@ -23,7 +23,8 @@ MAX_NEW_TOKENS = 6
 #: The command that loads the adapter, for the demo's last line.
 LOAD_COMMAND = (
     'python -c "from transformers import Qwen2VLForConditionalGeneration as Base; from peft import PeftModel; '
-    "print(PeftModel.from_pretrained(Base.from_pretrained('{base}', dtype='auto'), '{adapter}'))\""
+    "model = PeftModel.from_pretrained(Base.from_pretrained('{base}', dtype='auto'), '{adapter}'); "
+    'print(model.active_peft_config)"'
 )
 
 

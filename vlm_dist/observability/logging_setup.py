@@ -46,6 +46,10 @@ def configure_logging(rank: int, world_size: int = 1) -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("vlm_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.captureWarnings(True)
+    if rank != 0 or not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # one bar per rank, and garbage in a log file
     for name in LIBRARIES:
         library = logging.getLogger(name)
         library.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
