@@ -100,7 +100,7 @@ class WorkerPool:
                     executor, self._executor = self._executor, None
                     _end(executor)
         raise DataError(
-            "data workers die as soon as they are started; their messages are above. Try train.dataloader_num_workers=0"
+            "data workers die as soon as they are started; their messages are above; try dataloader_num_workers 0"
         )
 
     def _make_executor(self) -> ProcessPoolExecutor:
@@ -125,8 +125,8 @@ class WorkerPool:
                 if attempt == MAX_ATTEMPTS:
                     raise DataError(
                         f"a data worker {what} {attempt} times over the same micro-batch (step {job.step}); one of its "
-                        f"samples is likely to blame: {self._name_samples(job)}. Look for the worker's last message (out "
-                        "of memory? a damaged video?), and take the sample out of the data"
+                        f"samples is likely to blame: {self._name_samples(job)}. Look for the worker's last message "
+                        "(out of memory? a damaged video?), and take the sample out of the data"
                     ) from error
                 log.warning("a data worker %s; it is replaced, and step %d's samples are read again", what, job.step)
                 future = self._start(job)
@@ -240,7 +240,7 @@ def _end_with_owner() -> None:
 def _run(job: MicroBatchJob) -> bytes:
     if _worker_materialise is None:
         raise DataError(
-            f"a data worker could not be set up: {_worker_failure}; train.dataloader_num_workers=0 works without workers"
+            f"a data worker could not be set up: {_worker_failure}; dataloader_num_workers 0 works without any"
         )
     try:
         return pack(_worker_materialise(job))
