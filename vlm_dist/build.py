@@ -102,7 +102,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             train_config.output_dir,
             rank=ranks.rank,
             report_to=train_config.report_to,
-            run_name=train_config.run_name,
+            run_name=train_config.run_name or train_config.output_dir.resolve().name,
             config=config.dump(),
             wandb_project=train_config.wandb_project,
         )
@@ -160,7 +160,14 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
 
         # The loop's own parts; whatever has processes or files is closed with the stack.
         quarantine = stack.enter_context(Quarantine(train_config.output_dir, ranks.rank))
-        pool = WorkerPool(materialise, train_config.dataloader_num_workers)
+        has_gpu = engine.device.type == "cuda"
+        if train_config.dataloader_pin_memory and not has_gpu:
+            log.message("notice: train.dataloader_pin_memory: true has no effect without a GPU")
+        pool = WorkerPool(
+            materialise,
+            train_config.dataloader_num_workers,
+            pin_memory=train_config.dataloader_pin_memory and has_gpu,
+        )
         stack.callback(pool.close)
         feed = StepFeed(
             plan,
@@ -218,9 +225,10 @@ def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
     settings = getattr(config.data, which)
     if which == "train" and not settings:
         raise ConfigError("data_config.yaml: data.train is empty; name at least one source of samples")
-    columns = config.collator.dataset_columns.model_dump()
-    media = {columns[key] for key in ("image_column", "video_column") if columns.get(key)}
-    return [open_source(one, config.data.index_dir, media) for one in settings]
+    columns = config.collator.dataset_columns.mapping
+    media = {columns[key] for key in ("image_column", "video_column") if key in columns}
+    used = set(config.collator.required_columns.values()) if config.train.remove_unused_columns else None
+    return [open_source(one, config.data.index_dir, media, used) for one in settings]
 
 
 def make_processor(config: RunConfig) -> tuple[Any, Family]:

@@ -160,6 +160,8 @@ class Trainer:
                 self.engine.backward(micro_loss, totals["num_target_tokens"])
                 loss_sum = loss_sum.to(micro_loss.device) + micro_loss.detach()
             outcome = self.engine.step()
+            if not outcome.applied:
+                self.log.message(f"step {fetched.plan.step + 1}: the gradient is not finite, nothing was updated")
         self._window.add(loss_sum=loss_sum, totals=totals, data_wait_seconds=fetched.data_wait_seconds)
         return outcome
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from vlm_dist.config.data import DataConfig, DataSource
@@ -99,6 +100,11 @@ def _precision(draft: Draft) -> Iterator[Finding]:
 
 
 def _placement(draft: Draft) -> Iterator[Finding]:
+    revision: KeyPath = ("model", "loading_params", "revision")
+    is_local = draft.model_id is not None and Path(draft.model_id).expanduser().is_dir()
+    if draft.model.loading_params.revision is not None and is_local:
+        message = f"has no effect: {draft.model_id} is a local directory, which has no revisions"
+        yield Finding(revision, message, also=(("model_id",),), is_notice=True)
     device_map = draft.model.loading_params.device_map
     if device_map is not None:
         message = f"{device_map} has no effect: under DeepSpeed the engine places the model, one rank per device"
@@ -108,9 +114,13 @@ def _placement(draft: Draft) -> Iterator[Finding]:
 def _variables(collator: VlmCollatorConfig) -> Iterator[Finding]:
     columns = collator.dataset_columns
     columns_path: KeyPath = ("collator", "dataset_columns")
+    if columns.messages_column is not None:
+        text = f"message_format has no effect: column {columns.messages_column!r} holds whole conversations"
+        yield Finding((*columns_path, "messages_column"), text, is_notice=True)
+        return
     messages_path: KeyPath = ("collator", "message_format", "training_messages")
     prompt_path: KeyPath = ("collator", "message_format", "system_prompt")
-    known = [*columns.model_dump(), "system_prompt"]
+    known = [*(name for name in columns.model_dump() if name != "messages_column"), "system_prompt"]
     used = set()
     for message, part, name in collator.message_format.variables():
         used.add(name)
@@ -141,6 +151,8 @@ def _variables(collator: VlmCollatorConfig) -> Iterator[Finding]:
 
 
 def _messages(collator: VlmCollatorConfig) -> Iterator[Finding]:
+    if collator.dataset_columns.messages_column is not None:
+        return
     messages = collator.message_format.training_messages
     base: KeyPath = ("collator", "message_format", "training_messages")
     for m, message in enumerate(messages):
@@ -177,6 +189,8 @@ def _media(collator: VlmCollatorConfig) -> Iterator[Finding]:
         text = "got false beside data_processing.video_data: true; set both to the same"
         yield Finding(enabled, text, also=((*base, "video_data"),))
     switches = ((*base, "image_data"), (*base, "video_data"))
+    if collator.dataset_columns.messages_column is not None:
+        return  # the conversations have their own <image> and <video>
     if data.image_data and data.video_data:
         text = "both image_data and video_data are on: where the model's family takes one kind, videos have priority"
         yield Finding((*base, "video_data"), text, also=switches, is_notice=True)
@@ -222,7 +236,14 @@ def _training(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
     if train.warmup_steps and "warmup_ratio" in train.model_fields_set and train.warmup_ratio:
         message = f"has no effect: warmup_steps {train.warmup_steps} wins"
         yield Finding(("train", "warmup_ratio"), message, also=(("train", "warmup_steps"),), is_notice=True)
+    if train.warmup_steps and train.lr_scheduler_type == "constant":
+        message = "has no effect: lr_scheduler_type constant has no warm-up; constant_with_warmup has"
+        yield Finding(("train", "warmup_steps"), message, also=(("train", "lr_scheduler_type"),), is_notice=True)
     if data.eval:
+        if train.predict_with_generate and not (train.eval_steps or train.eval_on_start):
+            message = "has no effect: eval_steps is 0 and eval_on_start is false, so no evaluation is ever due"
+            also: tuple[KeyPath, ...] = (("train", "eval_steps"), ("train", "eval_on_start"))
+            yield Finding(("train", "predict_with_generate"), message, also=also, is_notice=True)
         return
     if train.predict_with_generate:
         message = "got true, but data.eval is empty: name held-out samples"
@@ -243,6 +264,10 @@ def _sources(data: DataConfig) -> Iterator[Finding]:
     for name, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources):
             yield from _source(source, ("data", name, index))
+    for index, source in enumerate(data.eval):
+        if source.repeat != 1:
+            message = f"got {source.repeat:g}, expected 1: each held-out sample is evaluated once; remove it"
+            yield Finding(("data", "eval", index, "repeat"), message)
 
 
 def _source(source: DataSource, path: KeyPath) -> Iterator[Finding]:
@@ -257,8 +282,8 @@ def _source(source: DataSource, path: KeyPath) -> Iterator[Finding]:
         return
     if source.path is None:
         yield Finding(path, f"a source of type {source.type} needs a path")
-    for key in ("split", "data_files"):
-        if getattr(source, key) is not None:
+    for key in ("split", "data_files", "media_root"):
+        if getattr(source, key) is not None and not (key == "media_root" and source.type == "jsonl"):
             message = f"does not apply to a source of type {source.type}; remove it"
             yield Finding((*path, key), message, also=((*path, "type"),))
 

@@ -15,7 +15,10 @@ MEDIA_COLUMNS = {"image_column": "image", "video_column": "video"}
 
 
 class DatasetColumns(Section, extra="allow"):
-    """Variable -> column of the data; null is absent. Further keys of the user's are further variables."""
+    """Variable -> column of the data; null is absent. Further keys of the user's are further variables.
+
+    `messages_column` is no variable: it names a column of whole conversations, which take the place of message_format.
+    """
 
     __pydantic_extra__: dict[str, Name | None] = Field(init=False)
 
@@ -24,6 +27,7 @@ class DatasetColumns(Section, extra="allow"):
     answer_column: Name | None = "answer"
     video_column: Name | None = "video"
     context_column: Name | None = None
+    messages_column: Name | None = None
 
     @property
     def mapping(self) -> dict[str, str]:
@@ -155,6 +159,8 @@ class VlmCollatorConfig(Section):
     def required_columns(self) -> dict[str, str]:
         """Variable -> column for what a sample must have: the variables of the texts, and the media that are on."""
         used = {name for _, _, name in self.message_format.variables()}
+        if self.dataset_columns.messages_column is not None:
+            used = {"messages_column"}
         used |= {"image_column"} if self.data_processing.image_data else set()
         used |= {"video_column"} if self.data_processing.video_data else set()
         return {key: column for key, column in self.dataset_columns.mapping.items() if key in used}

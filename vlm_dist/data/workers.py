@@ -51,10 +51,19 @@ class WorkerPool:
         materialise: what a worker does; sent to every worker once, so picklable.
         num_workers: 0 does the work in the calling process, when a result is asked for.
         job_timeout_seconds: a worker that takes longer hangs (some broken videos do that to decoders) and is replaced.
+        pin_memory: put results into page-locked memory, from which a GPU copies while the CPU goes on; needs a GPU.
     """
 
-    def __init__(self, materialise: Materialise, num_workers: int, *, job_timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        materialise: Materialise,
+        num_workers: int,
+        *,
+        job_timeout_seconds: float = 600.0,
+        pin_memory: bool = False,
+    ) -> None:
         self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self._materialise = materialise
         self._timeout_seconds = job_timeout_seconds
         self._lock = threading.Lock()
@@ -162,7 +171,14 @@ class PoolJob:
             DataError: the storage fails, or workers die over this job again and again.
             PoolClosedError: the pool was closed.
         """
-        return self._pool._finish(self._job, self._future)
+        batch = self._pool._finish(self._job, self._future)
+        return pin(batch) if self._pool.pin_memory else batch
+
+
+def pin(batch: MicroBatch) -> MicroBatch:
+    """Copy the tensors of a micro-batch into page-locked memory."""
+    inputs = {name: tensor.pin_memory() for name, tensor in batch.inputs.items()}
+    return replace(batch, inputs=inputs, labels=batch.labels.pin_memory())
 
 
 def pack(batch: MicroBatch) -> bytes:

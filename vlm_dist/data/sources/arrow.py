@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -92,6 +92,13 @@ class ArrowSource:
             renames,
             setting(settings, "max_samples"),
         )
+
+    def keep_columns(self, used: Collection[str]) -> None:
+        """Read no column but these."""
+        self._columns.keep(used)
+        kept = [name for name in self._dataset.column_names if self._columns.is_kept(name)]
+        self._dataset = self._dataset.select_columns(kept)
+        self._media_names = self._media_names.intersection(kept)
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from vlm_dist.errors import DataError
@@ -39,9 +39,20 @@ class ColumnNames:
         taken = set(self._renames.values())
         kept = [name for name in own if name not in taken and name not in self._renames]
         self.names: tuple[str, ...] = (*kept, *self._renames)
+        self._used: frozenset[str] | None = None
+
+    def keep(self, used: Collection[str]) -> None:
+        """Leave all other columns unread, though `names` still lists them; `used` has names after renaming."""
+        self._used = frozenset(used)
+
+    def is_kept(self, own: str) -> bool:
+        """Whether a column, by its own name, has to be read."""
+        return self._used is None or any(self._renames.get(name, name) == own for name in self._used)
 
     def apply(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Rename the fields of one sample; a field that the sample lacks stays absent."""
+        if self._used is not None:
+            fields = {name: value for name, value in fields.items() if self.is_kept(name)}
         if not self._renames:
             return fields
         renamed = {new: fields[old] for new, old in self._renames.items() if old in fields}

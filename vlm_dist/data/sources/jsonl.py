@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -80,6 +80,11 @@ class JsonSource:
         indexes = [_load_or_scan(name, path, index_dir, root, declared) for path in paths]
         media = MediaColumns(root, declared)
         return cls(name, paths, indexes, media, renames, setting(settings, "max_samples"))
+
+    def keep_columns(self, used: Collection[str]) -> None:
+        """Read no media file but those of these columns."""
+        self._columns.keep(used)
+        self._media_names = frozenset(name for name in self._media_names if self._columns.is_kept(name))
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -79,9 +79,10 @@ class _Descriptor:
             data += more
         return data
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # a default, because at the end of the interpreter modules may be gone before this object is
         if self._number >= 0:
-            os.close(self._number)
+            close(self._number)
 
 
 def with_retries(what: str, action: Callable[[], _T]) -> _T:

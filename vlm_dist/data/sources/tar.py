@@ -7,7 +7,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -82,6 +82,10 @@ class TarSource:
         manifest = describe_shards(paths, index_dir)
         return cls(name, paths, manifest, index_dir, setting(settings, "columns"), setting(settings, "max_samples"))
 
+    def keep_columns(self, used: Collection[str]) -> None:
+        """Read no member but those of these columns; JSON is read as a whole."""
+        self._columns.keep(used)
+
     def __len__(self) -> int:
         return self._starts[-1]
 
@@ -129,6 +133,8 @@ class TarSource:
         fields: dict[str, Any] = {}
         members: dict[str, Any] = {}
         for member, (offset, size) in shard_index.members_of(row).items():
+            if member != "json" and not self._columns.is_kept(member):
+                continue
             value = _decode(origin, member, self._read_member(shard, f"{key}.{member}", offset, size))
             if member == "json" and isinstance(value, dict):
                 fields = value

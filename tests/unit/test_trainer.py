@@ -1,0 +1,182 @@
+"""The loop with stand-ins for its parts: what happens when, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vlm_dist.data.types import MicroBatch, MicroBatchJob, StepPlan
+from vlm_dist.distributed.agreement import StepAgreement
+from vlm_dist.engine import StepOutcome
+from vlm_dist.errors import DataError
+from vlm_dist.trainer import Cadence, Ending, Trainer, seed_micro_batch
+
+FIELDS = ("stop", "fetch_error", "num_target_tokens", "num_samples", "num_tokens", "num_computed_tokens")
+
+
+class Engine:
+    """Counts calls; its logits depend on one parameter, so that backward works."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.num_targets: list[int] = []
+        self.noise: list[float] = []
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.calls.append("forward")
+        self.noise.append(float(torch.rand(())))
+        return torch.zeros(1, 4, 8, requires_grad=True)
+
+    def backward(self, loss_sum: torch.Tensor, num_target_tokens: int) -> None:
+        self.calls.append("backward")
+        self.num_targets.append(num_target_tokens)
+        loss_sum.backward()
+
+    def step(self) -> StepOutcome:
+        self.calls.append("step")
+        return StepOutcome(applied=True, learning_rate=0.1, raw_grad_norm=1.0)
+
+
+@dataclass
+class Log:
+    steps: list[int] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    evals: list[int] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    def advance(self, step: int) -> None: ...
+
+    def log_step(self, metrics: Any) -> None:
+        self.steps.append(metrics.step)
+        self.losses.append(metrics.loss)
+
+    def log_eval(self, step: int, metrics: dict[str, float]) -> None:
+        self.evals.append(step)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def feed(start: int, stop: int, *, events: dict[int, dict[str, int]] | None = None, num_micro_batches: int = 2) -> Any:
+    """Steps of two micro-batches with three targets each, but for what `events` says of a step."""
+    for step in range(start, stop):
+        batches = [
+            MicroBatch(
+                job=MicroBatchJob(step, index, ()),
+                inputs={},
+                labels=torch.tensor([[-100, 1, 2, 3]]),
+                num_samples=1,
+                num_target_tokens=3,
+                num_tokens=4,
+                num_computed_tokens=4,
+            )
+            for index in range(num_micro_batches)
+        ]
+        counts = {"num_target_tokens": 3 * num_micro_batches, "num_samples": num_micro_batches}
+        counts |= (events or {}).get(step, {})
+        verdict = StepAgreement(FIELDS).vote(step, counts).wait()
+        error = DataError("disk gone") if counts.get("fetch_error") else None
+        plan = StepPlan(step, (step + 1) / 10, ())
+        yield SimpleNamespace(plan=plan, micro_batches=batches, verdict=verdict, data_wait_seconds=0.0, error=error)
+
+
+@pytest.fixture
+def ranks(tmp_path: Any) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield SimpleNamespace(
+        rank=0, world_size=1, control=dist.new_group(backend="gloo"), gather_objects=lambda value: [value]
+    )
+    dist.destroy_process_group()
+
+
+def make(ranks: Any, steps: Any, start: int = 0, **cadence: Any) -> tuple[Trainer, Engine, Log, list[int]]:
+    engine, log, saved = Engine(), Log(), []
+    settings = {"num_steps": 10, "logging_steps": 0, "eval_steps": 0, "save_steps": 0} | cadence
+
+    def save(position: int) -> str:
+        saved.append(position)
+        return f"checkpoint-{position}"
+
+    evaluator = SimpleNamespace(run=lambda position: {"loss": 1.0})
+    trainer = Trainer(
+        engine=engine,  # type: ignore[arg-type]
+        feed=steps,
+        ranks=ranks,
+        cadence=Cadence(**settings),
+        log=log,  # type: ignore[arg-type]
+        save=save,
+        evaluator=evaluator,
+        seed=42,
+        start=start,
+    )
+    return trainer, engine, log, saved
+
+
+def test_everything_happens_when_it_is_due_and_at_the_end(ranks: Any) -> None:
+    trainer, engine, log, saved = make(
+        ranks, feed(0, 10), logging_steps=4, eval_steps=3, save_steps=5, eval_on_start=True
+    )
+    assert trainer.run() is Ending.COMPLETE
+    assert log.steps == [4, 8, 10]
+    assert log.losses == pytest.approx([torch.log(torch.tensor(8.0)).item()] * 3)
+    assert log.evals == [0, 3, 6, 9, 10]
+    assert saved == [5, 10]
+    assert engine.calls == ["forward", "backward", "forward", "backward", "step"] * 10
+    assert set(engine.num_targets) == {6}  # of the whole step, not of the micro-batch
+
+
+def test_a_step_without_targets_is_skipped_by_all(ranks: Any) -> None:
+    trainer, engine, log, _ = make(
+        ranks, feed(0, 3, events={1: {"num_target_tokens": 0}}), num_steps=3, logging_steps=1
+    )
+    assert trainer.run() is Ending.COMPLETE
+    assert engine.calls.count("step") == 2
+    assert log.steps == [1, 2, 3]
+    assert log.losses[1] is None
+
+
+def test_a_stop_request_saves_before_the_step_it_was_voted_with(ranks: Any) -> None:
+    trainer, engine, _, saved = make(ranks, feed(0, 10, events={4: {"stop": 1}}))
+    assert trainer.run() is Ending.PREEMPTED
+    assert (saved, trainer.position, engine.calls.count("step")) == ([4], 4, 4)
+
+
+def test_stop_at_step_ends_there_and_keeps_the_schedule(ranks: Any) -> None:
+    trainer, engine, log, saved = make(ranks, feed(0, 10), stop_at_step=5, logging_steps=4)
+    assert trainer.run() is Ending.STOPPED_AT
+    assert (saved, engine.calls.count("step"), log.steps) == ([5], 5, [4, 5])
+
+
+def test_a_failed_fetch_saves_and_tells_which_rank_and_step(ranks: Any) -> None:
+    trainer, engine, _, saved = make(ranks, feed(0, 10, events={3: {"fetch_error": 1}}))
+    with pytest.raises(DataError, match="step 3, rank 0: disk gone"):
+        trainer.run()
+    assert (saved, engine.calls.count("step")) == ([3], 3)
+
+
+def test_a_failure_before_the_first_step_saves_nothing(ranks: Any) -> None:
+    trainer, _, _, saved = make(ranks, feed(0, 10, events={0: {"stop": 1}}))
+    assert trainer.run() is Ending.PREEMPTED
+    assert saved == []
+
+
+def test_a_resumed_run_does_not_save_its_start_again(ranks: Any) -> None:
+    trainer, engine, _, saved = make(ranks, feed(6, 10), start=6, save_steps=2)
+    assert trainer.run() is Ending.COMPLETE
+    assert (saved, engine.calls.count("step")) == ([8, 10], 4)
+
+
+def test_dropout_depends_on_the_micro_batch_and_not_on_who_runs_it(ranks: Any) -> None:
+    whole, resumed = make(ranks, feed(0, 4), num_steps=4), make(ranks, feed(2, 4), start=2, num_steps=4)
+    for trainer, *_ in (whole, resumed):
+        torch.rand(7)
+        trainer.run()
+    assert len(set(whole[1].noise)) == 8
+    assert whole[1].noise[4:] == resumed[1].noise
+    seed_micro_batch(42, 3, 1)
+    assert float(torch.rand(())) == whole[1].noise[-1]
