@@ -50,6 +50,10 @@ class TinyRun:
 
     def train(self, *overrides: str, processes: int = 0, timeout_seconds: float = 240) -> Finished:
         """Run the trainer as a user does: plain Python with 0 processes, else under `deepspeed --num_gpus`."""
+        return self.command(self.train_command(*overrides, processes=processes), timeout_seconds)
+
+    def train_command(self, *overrides: str, processes: int = 0) -> list[str]:
+        """The command line of `train`."""
         launcher: list[str] = [sys.executable]
         if processes:
             launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes)]
@@ -57,18 +61,27 @@ class TinyRun:
         command = [*launcher, "-m", "vlm_dist.train", "--config", str(self.config)]
         for override in overrides:
             command += ["--set", override]
-        return self.command(command, timeout_seconds)
+        return command
 
-    def command(self, command: Sequence[str], timeout_seconds: float = 240) -> Finished:
-        """Run any command in the working directory."""
+    def environment(self) -> dict[str, str]:
+        """The environment of commands: that of a user who has just logged in, offline."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
+        return environment
+
+    def command(self, command: Sequence[str], timeout_seconds: float = 240) -> Finished:
+        """Run any command in the working directory."""
         ended = subprocess.run(
-            list(command), cwd=self.directory, env=environment, capture_output=True, text=True, timeout=timeout_seconds
+            list(command),
+            cwd=self.directory,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
         )
         return Finished(ended.returncode, ended.stdout, ended.stderr)
 
@@ -76,7 +89,7 @@ class TinyRun:
         """Lines of metrics.jsonl of one kind."""
         from vlm_dist.observability.jsonl import read_metrics
 
-        return read_metrics(self.directory / output_dir / "metrics.jsonl", kind)
+        return list(read_metrics(self.directory / output_dir / "metrics.jsonl", kind))
 
     def losses(self, output_dir: str) -> dict[int, float]:
         """Loss by position; logged exactly, so that equality means equality of bits."""

@@ -122,6 +122,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             plan = make_plan(config, train_sources, batch)
             if checkpoint is not None:
                 plan.check_state(checkpoint.info["plan"])
+                _check_end(checkpoint, plan)
             cadence = make_cadence(config, plan.num_steps)
             processor, family = make_processor(config)
             materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
@@ -157,6 +158,8 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         if checkpoint is not None:
             restore_checkpoint(checkpoint, engine, ranks)
             log.message(f"resumed from {checkpoint.path} at step {start} of {plan.num_steps}")
+            for change in _schedule_changes(config, checkpoint):
+                log.message(f"notice: {change}")
 
         # The loop's own parts; whatever has processes or files is closed with the stack.
         quarantine = stack.enter_context(Quarantine(train_config.output_dir, ranks.rank))
@@ -325,7 +328,29 @@ def _prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks)
                 output_dir.mkdir(parents=True, exist_ok=True)
                 config.write(output_dir / "resolved_config.yaml")
             except OSError as error:
-                raise ConfigError(f"train.output_dir: cannot write to {output_dir}: {error}") from error
+                raise ConfigError(
+                    f"train.output_dir: cannot write to {output_dir}: {error.strerror}; "
+                    "name a directory that can be written"
+                ) from error
+
+
+def _check_end(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a run that ends before its checkpoint: its adapter would not be what the configuration says."""
+    if checkpoint.step > plan.num_steps:
+        raise CheckpointError(
+            f"{checkpoint.path} has done {checkpoint.step} steps, but the run has {plan.num_steps}; raise "
+            "train.max_steps or train.num_train_epochs, or resume from an earlier checkpoint"
+        )
+
+
+def _schedule_changes(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
+    """What the learning rate depends on, and differs from the checkpoint's: legal, but the curve has a bend there."""
+    saved, now = checkpoint.info.get("scheduler", {}), _schedule_facts(config)
+    return [
+        f"train.{key}: {saved[key]} in the checkpoint, now {value}"
+        for key, value in now.items()
+        if key in saved and saved[key] != value
+    ]
 
 
 def _ds_merger(
@@ -349,27 +374,29 @@ def _run_facts(
     config: RunConfig, batch: BatchArithmetic, engine: Engine, ranks: Ranks
 ) -> Callable[[dict[str, Any]], RunFacts]:
     """What a checkpoint says besides tensors, given the plan's state."""
-    train_config = config.train
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")}
     resolved = config.to_yaml()
     return lambda plan_state: RunFacts(
         plan=plan_state,
         global_batch_size=batch.global_batch_size,
         resolved_config=resolved,
-        scheduler={
-            key: getattr(train_config, key)
-            for key in (
-                "lr_scheduler_type",
-                "learning_rate",
-                "warmup_ratio",
-                "warmup_steps",
-                "num_train_epochs",
-                "max_steps",
-            )
-        },
+        scheduler=_schedule_facts(config),
         versions={"vlm-dist": __version__, **versions, "python": platform.python_version()},
         topology={"world_size": ranks.world_size, "zero_stage": engine.zero_stage},
     )
+
+
+def _schedule_facts(config: RunConfig) -> dict[str, Any]:
+    """What the schedule of the learning rate is made from."""
+    keys = (
+        "lr_scheduler_type",
+        "learning_rate",
+        "warmup_ratio",
+        "warmup_steps",
+        "num_train_epochs",
+        "max_steps",
+    )
+    return {key: getattr(config.train, key) for key in keys}
 
 
 def make_evaluator(

@@ -68,8 +68,8 @@ def tell(error: VlmDistError) -> None:
     A launcher that loses a rank ends the others. So rank 0 speaks, and another rank speaks only if it has not been
     ended by then: the error was its own.
     """
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    if rank == 0:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0" or not rank.isdigit():  # not a number: that is what the error is about
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

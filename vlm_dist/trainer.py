@@ -116,6 +116,7 @@ class Trainer:
         self.evaluator = evaluator
         self.seed = seed
         self.position = start
+        self._has_targets = start > 0  # a resumed run has had some before
         self._saved_at = start if start else -1
         self._evaluated_at = -1
         self._window = MetricWindow()
@@ -124,7 +125,8 @@ class Trainer:
         """Train. Collective: every rank calls this.
 
         Raises:
-            DataError: a rank's storage failed; a checkpoint was written first.
+            DataError: a rank's storage failed; a checkpoint was written first. Or no sample of the whole run could be
+                used.
         """
         if self.cadence.eval_on_start and self.position == 0:
             self._evaluate()
@@ -145,6 +147,11 @@ class Trainer:
             if self.position >= self.cadence.last_step:
                 break
         self._save()
+        if not self._has_targets and self.position:
+            raise DataError(
+                f"nothing was learned: no sample of the {self.position} steps could be used, or none has an answer; "
+                "quarantine/rank-*.jsonl in output_dir says why, sample by sample"
+            )
         return Ending.COMPLETE if self.position >= self.cadence.num_steps else Ending.STOPPED_AT
 
     def _train_step(self, fetched: FeedStep) -> StepOutcome | None:
@@ -153,6 +160,7 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float32)
         outcome = None
         if totals["num_target_tokens"]:
+            self._has_targets = True
             for micro_batch in fetched.micro_batches:
                 seed_micro_batch(self.seed, micro_batch.job.step, micro_batch.job.micro_batch)
                 logits = self.engine.forward(micro_batch.inputs)

@@ -84,7 +84,8 @@ class Checkpoint:
             CheckpointError: it is missing, incomplete or damaged; says which file and how.
         """
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such checkpoint")
+            there = ", ".join(str(other) for _, other in list_checkpoints(path.parent)) or "none"
+            raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
         if not (path / COMPLETE).is_file():
             raise CheckpointError(f"{path}: incomplete: there is no {COMPLETE} file, so it was not written to its end")
         try:

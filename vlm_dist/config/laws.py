@@ -100,15 +100,23 @@ def _precision(draft: Draft) -> Iterator[Finding]:
 
 
 def _placement(draft: Draft) -> Iterator[Finding]:
-    revision: KeyPath = ("model", "loading_params", "revision")
-    is_local = draft.model_id is not None and Path(draft.model_id).expanduser().is_dir()
-    if draft.model.loading_params.revision is not None and is_local:
-        message = f"has no effect: {draft.model_id} is a local directory, which has no revisions"
-        yield Finding(revision, message, also=(("model_id",),), is_notice=True)
-    device_map = draft.model.loading_params.device_map
-    if device_map is not None:
-        message = f"{device_map} has no effect: under DeepSpeed the engine places the model, one rank per device"
-        yield Finding(("model", "loading_params", "device_map"), message, is_notice=True)
+    """Loading parameters without effect: the common ones, and those of this run's model."""
+    common: KeyPath = ("model", "loading_params")
+    model_id = draft.model_id
+    places = [(common, draft.model.loading_params)]
+    own = draft.model.model_classes.get(model_id) if model_id is not None else None
+    if own is not None and own.loading_params is not None:
+        places.append((("model", "model_classes", str(model_id), "loading_params"), own.loading_params))
+    for path, loading in places:
+        given = loading.model_fields_set
+        if loading.device_map is not None and (path == common or "device_map" in given):
+            message = (
+                f"{loading.device_map} has no effect: under DeepSpeed the engine places the model, one rank per device"
+            )
+            yield Finding((*path, "device_map"), message, is_notice=True)
+        if loading.revision is not None and model_id is not None and Path(model_id).expanduser().is_dir():
+            message = f"has no effect: {model_id} is a local directory, which has no revisions"
+            yield Finding((*path, "revision"), message, also=(("model_id",),), is_notice=True)
 
 
 def _variables(collator: VlmCollatorConfig) -> Iterator[Finding]:

@@ -93,13 +93,18 @@ def display_path(path: Path) -> str:
     return os.path.relpath(absolute, here) if absolute.startswith(here + os.sep) else str(path)
 
 
+def _existing_parent(path: Path) -> Path:
+    """The deepest directory of a path that exists."""
+    return next(parent for parent in Path(os.path.abspath(path)).parents if parent.is_dir())  # noqa: PTH100 - as above
+
+
 def read_document(path: Path) -> Document:
     """Parse a YAML file; a file that is missing or not YAML is a problem of the document, not an exception."""
     source = display_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return _broken(Origin(source), "no such file")
+        return _broken(Origin(source), f"no such file (looked in {_existing_parent(path)})")
     except IsADirectoryError:
         return _broken(Origin(source), "is a directory, expected a YAML file")
     except UnicodeDecodeError as error:

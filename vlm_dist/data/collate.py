@@ -42,7 +42,7 @@ class Padding:
     Attributes:
         token_id: of the tokenizer's pad token.
         side: "right" for training, "left" for generation.
-        enabled: False refuses rows of different lengths.
+        enabled: False refuses samples of different lengths; dummy rows are padded nevertheless.
         carries_loss: padding is learned (`mask_pad_token: false`).
     """
 
@@ -68,9 +68,10 @@ def collate(examples: Sequence[Example], family: Family, padding: Padding) -> tu
     """
     lengths = [example.labels.shape[0] for example in examples]
     longest = max(lengths)
-    if not padding.enabled and min(lengths) != longest:
+    own = [example.labels.shape[0] for example in examples if not example.is_dummy]
+    if not padding.enabled and len(set(own)) > 1:
         raise DataError(
-            f"text_processing.padding is false, but a micro-batch has samples of {min(lengths)} to {longest} tokens; "
+            f"text_processing.padding is false, but a micro-batch has samples of {min(own)} to {max(own)} tokens; "
             "set it to true"
         )
     inputs: dict[str, Tensor] = {}

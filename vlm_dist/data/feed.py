@@ -185,7 +185,7 @@ class StepFeed:
                 if fetched.error is not None:
                     return
         except PoolClosedError:
-            self._ready.put(None)
+            self._ready.put(None)  # `close` is at work
         except Exception as error:  # noqa: BLE001 - raised in the caller's thread
             self._ready.put(error)
 

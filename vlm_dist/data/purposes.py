@@ -21,6 +21,11 @@ class ByPurpose:
         """Make the micro-batch."""
         return self.materialisers[job.purpose](job)
 
+    def name_samples(self, job: MicroBatchJob) -> list[str]:
+        """Name a job's samples, for messages."""
+        names: list[str] = getattr(self.materialisers[job.purpose], "name_samples", lambda job: [])(job)
+        return names
+
 
 class Submits(Protocol):
     """A pool of workers."""

@@ -1,7 +1,8 @@
-"""Worker processes that make micro-batches: stateless, so that a dead one is replaced and its jobs done again.
+"""Worker processes that make micro-batches: stateless, so that a dead one is replaced and its job done again.
 
-Micro-batches come back as plain bytes through the executor's pipe: torch's own way of sending tensors would keep file
-descriptors open in both processes, and lose tensors when a worker dies.
+Not an executor of the standard library: that one takes all jobs down with one dead worker, cannot tell which job it was
+at, and waits for ever for the rest of a large result whose sender was killed. Here every worker has a pipe and at most
+one job of its own.
 """
 
 from __future__ import annotations
@@ -10,42 +11,56 @@ import logging
 import multiprocessing
 import os
 import pickle
-import signal
-import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from multiprocessing import connection
-
-import numpy as np
-import torch
-from torch import Tensor
+from multiprocessing.context import ForkServerProcess
 
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
-from vlm_dist.errors import DataError, VlmDistError
+from vlm_dist.data.worker_process import Materialise, run_worker, unpack
+from vlm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
-Materialise = Callable[[MicroBatchJob], MicroBatch]
-
-#: A job is done at most so often: once in company and then alone, so that it is not blamed for another's crash.
+#: A job that a worker died over is done again; that often in all.
 MAX_ATTEMPTS = 3
+#: So many workers that die one after the other before their first result: they cannot work on this machine.
+MAX_EARLY_DEATHS = 6
 
-_PROTOCOL = 5
 _PRELOADED = ["vlm_dist.data.materialise", "transformers.processing_utils"]
+_END_SECONDS = 5
 
 
 class PoolClosedError(Exception):
     """The pool was closed while a job was waited for; the feed's thread ends on it."""
 
 
+@dataclass(eq=False, slots=True)
+class _Task:
+    job: MicroBatchJob
+    result: Future[bytes] = field(default_factory=Future)
+    attempts: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    process: ForkServerProcess
+    pipe: connection.Connection
+    task: _Task | None = None
+    deadline: float = 0.0  # monotonic seconds
+    has_worked: bool = False
+
+
 class WorkerPool:
     """Makes micro-batches in worker processes, or in this one.
 
     Workers are forked by a server process that has imported what they need, but has neither threads nor a GPU context
-    of the trainer. A worker ends with the process that owns the pool, however that ends.
+    of the trainer. A worker ends with the process that owns the pool, however that ends. Several threads may submit.
 
     Args:
         materialise: what a worker does; sent to every worker once, so picklable.
@@ -66,28 +81,52 @@ class WorkerPool:
         self.pin_memory = pin_memory
         self._materialise = materialise
         self._timeout_seconds = job_timeout_seconds
-        self._lock = threading.Lock()
         self._closed = False
-        self._executor: ProcessPoolExecutor | None = None
-        self._payload = pickle.dumps(materialise, _PROTOCOL) if num_workers > 0 else b""
+        self._failure: Exception | None = None  # why no job can be done any more
+        self._lock = threading.Lock()
+        self._waiting: deque[_Task] = deque()
+        self._thread: threading.Thread | None = None
+        self._woken, self._wake = os.pipe()
+        self._workers: list[_Worker] = []  # of the thread alone
+        self._num_early_deaths = 0
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that there are now."""
+        return [worker.process.pid for worker in self._workers if worker.process.pid is not None]
 
     def submit(self, job: MicroBatchJob) -> PoolJob:
         """Start a job.
 
         Raises:
             PoolClosedError: the pool is closed.
+            DataError: workers cannot live on this machine.
         """
-        if self.num_workers == 0:
-            return PoolJob(self, job, None)
-        return PoolJob(self, job, self._start(job))
+        task = _Task(job)
+        with self._lock:
+            if self._closed:
+                raise PoolClosedError
+            if self._failure is not None:
+                raise self._failure
+            if self.num_workers > 0:
+                self._waiting.append(task)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="data-workers", daemon=True)
+                    self._thread.start()
+                os.write(self._wake, b".")
+        return PoolJob(self, task)
 
     def close(self) -> None:
         """End the workers, also in the middle of a job; what waits for a result gets a PoolClosedError."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            _end(executor)
+            os.write(self._wake, b".")
+        if self._thread is not None:
+            self._thread.join(timeout=2 * _END_SECONDS)
+        os.close(self._wake)
+        os.close(self._woken)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -95,74 +134,127 @@ class WorkerPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start(self, job: MicroBatchJob) -> Future[bytes]:
-        """Hand a job to the workers; a pool that broke meanwhile is replaced."""
+    def _make_here(self, job: MicroBatchJob) -> MicroBatch:
+        if self._closed:
+            raise PoolClosedError
+        return self._materialise(job)
+
+    def _run(self) -> None:
+        """Run in the thread: hand out jobs, take results, replace the dead."""
+        try:
+            payload = pickle.dumps(self._materialise, 5)
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(_PRELOADED)
+            self._workers = [_start(context, payload) for _ in range(self.num_workers)]
+            while not self._closed:
+                self._hand_out()
+                for worker in self._wait():
+                    if not self._take_result(worker):
+                        self._workers.remove(worker)
+                        self._lose(worker)
+                        self._workers.append(_start(context, payload))
+            self._fail_all(PoolClosedError())
+        except Exception as error:  # noqa: BLE001 - given to all who wait
+            self._fail_all(error)
+        finally:
+            for worker in self._workers:
+                _end(worker)
+            self._workers = []
+
+    def _hand_out(self) -> None:
+        for worker in self._workers:
+            if worker.task is not None:
+                continue
+            with self._lock:
+                if not self._waiting:
+                    return
+                task = self._waiting.popleft()
+            task.attempts += 1
+            worker.task = task
+            worker.deadline = time.monotonic() + self._timeout_seconds
+            with suppress(OSError):  # a worker that died just now is noticed when its result is taken
+                worker.pipe.send(task.job)
+
+    def _wait(self) -> list[_Worker]:
+        """Wait for results, deaths, deadlines, or new jobs."""
+        deadlines = [worker.deadline for worker in self._workers if worker.task is not None]
+        timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        ready = connection.wait([self._woken, *(worker.pipe for worker in self._workers)], timeout)
+        if self._woken in ready:
+            os.read(self._woken, 65536)
+        now = time.monotonic()
+        return [
+            worker
+            for worker in self._workers
+            if worker.pipe in ready or (worker.task is not None and now >= worker.deadline)
+        ]
+
+    def _take_result(self, worker: _Worker) -> bool:
+        """Take a worker's result; False if it has died, or hangs."""
+        if not worker.pipe.poll():
+            return False  # its time is over
+        try:
+            data = worker.pipe.recv_bytes()
+        except (EOFError, OSError):
+            return False
+        task, worker.task = worker.task, None
+        assert task is not None
+        self._num_early_deaths = 0
+        worker.has_worked = True
+        task.result.set_result(data)
+        return True
+
+    def _lose(self, worker: _Worker) -> None:
+        """Bury a worker; its job is done again, first of all, unless it has been tried often enough."""
+        hangs = worker.task is not None and time.monotonic() >= worker.deadline
+        _end(worker)
+        what = f"did not answer for {self._timeout_seconds:g} s" if hangs else f"died ({_how(worker.process.exitcode)})"
+        # a signal to the whole process group ends all workers at once: that says nothing about the machine
+        self._num_early_deaths += not worker.has_worked
+        task = worker.task
+        if task is not None and task.attempts >= MAX_ATTEMPTS:
+            self._num_early_deaths = 0  # the job is to blame, not the machine
+            task.result.set_exception(
+                DataError(
+                    f"a data worker {what}, {task.attempts} times over one micro-batch (step {task.job.step}). One "
+                    f"of its samples is likely to blame: {self._name_samples(task.job)}. Look for the worker's last "
+                    "message (out of memory? a damaged video?), and take the sample out of the data"
+                )
+            )
+            return
+        if task is not None:
+            with self._lock:
+                self._waiting.appendleft(task)
+        if self._num_early_deaths >= max(MAX_EARLY_DEATHS, 2 * self.num_workers):
+            raise DataError(
+                f"{self._num_early_deaths} data workers in a row died before their first result, the last one {what}; "
+                "look for their own messages above, and try dataloader_num_workers 0"
+            )
+        log.warning("a data worker %s; it is replaced%s", what, ", its samples are read again" if task else "")
+
+    def _fail_all(self, error: Exception) -> None:
         with self._lock:
-            for _ in range(MAX_ATTEMPTS):
-                if self._closed:
-                    raise PoolClosedError
-                if self._executor is None:
-                    self._executor = self._make_executor()
-                try:
-                    return self._executor.submit(_run, job)
-                except BrokenProcessPool:
-                    executor, self._executor = self._executor, None
-                    _end(executor)
-        raise DataError(
-            "data workers die as soon as they are started; their messages are above; try dataloader_num_workers 0"
-        )
-
-    def _make_executor(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
-        return ProcessPoolExecutor(self.num_workers, context, initializer=_initialise, initargs=(self._payload,))
-
-    def _finish(self, job: MicroBatchJob, future: Future[bytes] | None) -> MicroBatch:
-        if future is None:
-            if self._closed:
-                raise PoolClosedError
-            return self._materialise(job)
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            try:
-                return unpack(future.result(self._timeout_seconds))
-            except (BrokenProcessPool, CancelledError, TimeoutError) as error:
-                if self._closed:
-                    raise PoolClosedError from error
-                hangs = isinstance(error, TimeoutError)
-                what = f"did not answer for {self._timeout_seconds:g} s" if hangs else "died"
-                self._discard(future)
-                if attempt == MAX_ATTEMPTS:
-                    raise DataError(
-                        f"a data worker {what} {attempt} times over the same micro-batch (step {job.step}); one of its "
-                        f"samples is likely to blame: {self._name_samples(job)}. Look for the worker's last message "
-                        "(out of memory? a damaged video?), and take the sample out of the data"
-                    ) from error
-                log.warning("a data worker %s; it is replaced, and step %d's samples are read again", what, job.step)
-                future = self._start(job)
-        raise AssertionError("unreachable")
-
-    def _discard(self, future: Future[bytes]) -> None:
-        """Drop the executor that a lost job ran on, unless another lost job of it has done so already."""
-        with self._lock:
-            executor = self._executor
-            if executor is None or not (_is_broken(executor) or not future.done()):
-                return
-            self._executor = None
-        _end(executor)
+            self._failure = error
+            tasks = [worker.task for worker in self._workers if worker.task is not None] + list(self._waiting)
+            self._waiting.clear()
+        for task in tasks:
+            if not task.result.done():
+                task.result.set_exception(error)
 
     def _name_samples(self, job: MicroBatchJob) -> str:
         name_samples = getattr(self._materialise, "name_samples", None)
-        names = name_samples(job) if name_samples else [str(ref) for ref in job.refs if ref is not None]
+        names: Sequence[str] = (
+            name_samples(job) if name_samples is not None else [str(ref) for ref in job.refs if ref is not None]
+        )
         return ", ".join(names) or "none"
 
 
 class PoolJob:
     """A job under way."""
 
-    def __init__(self, pool: WorkerPool, job: MicroBatchJob, future: Future[bytes] | None) -> None:
+    def __init__(self, pool: WorkerPool, task: _Task) -> None:
         self._pool = pool
-        self._job = job
-        self._future = future
+        self._task = task
 
     def result(self) -> MicroBatch:
         """Wait for the micro-batch, or make it here and now in a pool without workers.
@@ -171,7 +263,10 @@ class PoolJob:
             DataError: the storage fails, or workers die over this job again and again.
             PoolClosedError: the pool was closed.
         """
-        batch = self._pool._finish(self._job, self._future)
+        if self._pool.num_workers == 0:
+            batch = self._pool._make_here(self._task.job)
+        else:
+            batch = unpack(self._task.result.result())
         return pin(batch) if self._pool.pin_memory else batch
 
 
@@ -181,90 +276,32 @@ def pin(batch: MicroBatch) -> MicroBatch:
     return replace(batch, inputs=inputs, labels=batch.labels.pin_memory())
 
 
-def pack(batch: MicroBatch) -> bytes:
-    """Turn a micro-batch into bytes."""
-    arrays = {name: _to_array(tensor) for name, tensor in batch.inputs.items()}
-    return pickle.dumps((arrays, _to_array(batch.labels), replace(batch, inputs={}, labels=None)), _PROTOCOL)  # type: ignore[arg-type]
+def _start(context: multiprocessing.context.ForkServerContext, payload: bytes) -> _Worker:
+    for is_last in (False, False, True):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_worker, args=(theirs, payload), name="data-worker", daemon=True)
+        try:
+            process.start()
+        except (OSError, EOFError):
+            # the fork server itself may have just been ended by a signal to the process group
+            ours.close()
+            if is_last:
+                raise
+            time.sleep(0.5)
+            continue
+        finally:
+            theirs.close()  # the worker alone holds it, so that its death ends the pipe
+        return _Worker(process, ours)
+    raise AssertionError("unreachable")
 
 
-def unpack(data: bytes) -> MicroBatch:
-    """Undo `pack`, bit for bit."""
-    arrays, labels, batch = pickle.loads(data)  # noqa: S301 - written by our own worker
-    inputs = {name: _to_tensor(array) for name, array in arrays.items()}
-    unpacked: MicroBatch = replace(batch, inputs=inputs, labels=_to_tensor(labels))
-    return unpacked
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join(timeout=_END_SECONDS)
+    worker.pipe.close()
 
 
-def _to_array(tensor: Tensor) -> tuple[np.ndarray, str]:
-    """Give a tensor as an array, with its own dtype's name where numpy has no such type."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy(), "bfloat16"
-    return tensor.numpy(), ""
-
-
-def _to_tensor(packed: tuple[np.ndarray, str]) -> Tensor:
-    array, dtype = packed
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return tensor.view(getattr(torch, dtype)) if dtype else tensor
-
-
-def _is_broken(executor: ProcessPoolExecutor) -> bool:
-    return bool(getattr(executor, "_broken", False))
-
-
-def _end(executor: ProcessPoolExecutor) -> None:
-    """End an executor without waiting for the jobs that its workers are at."""
-    processes = list((getattr(executor, "_processes", None) or {}).values())
-    executor.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join(timeout=5)
-
-
-# What follows runs in a worker.
-
-_worker_materialise: Materialise | None = None
-_worker_failure: str | None = None
-
-
-def _initialise(payload: bytes) -> None:
-    """Set a worker up; a failure is kept for the first job, since an executor would only say that it is broken."""
-    global _worker_materialise, _worker_failure
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_owner, name="owner-watch", daemon=True).start()
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    torch.set_num_threads(1)
-    try:
-        from transformers.dynamic_module_utils import init_hf_modules
-
-        init_hf_modules()  # where processors with remote code are found
-        _worker_materialise = pickle.loads(payload)  # noqa: S301 - written by the owner
-    except Exception as error:  # noqa: BLE001 - told by _run, with its type
-        _worker_failure = f"{type(error).__name__}: {error}"
-
-
-def _end_with_owner() -> None:
-    owner = multiprocessing.parent_process()
-    if owner is not None:
-        connection.wait([owner.sentinel])
-        os._exit(1)
-
-
-def _run(job: MicroBatchJob) -> bytes:
-    if _worker_materialise is None:
-        raise DataError(
-            f"a data worker could not be set up: {_worker_failure}; dataloader_num_workers 0 works without any"
-        )
-    try:
-        return pack(_worker_materialise(job))
-    except VlmDistError:
-        raise
-    except Exception as error:  # noqa: BLE001 - told to the owner
-        # the traceback travels as text: the exception itself may not be picklable, which would break the pool
-        import traceback
-
-        print(traceback.format_exc(), file=sys.stderr, flush=True)  # noqa: T201 - a worker has no logger
-        raise RuntimeError(f"{type(error).__name__}: {error} (in a data worker; traceback above)") from None
+def _how(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"signal {-exit_code}" + (", as when memory runs out" if exit_code == -9 else "")
+    return f"exit code {exit_code}"

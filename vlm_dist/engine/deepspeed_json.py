@@ -237,6 +237,10 @@ def _check_zero(section: dict[str, Any], problems: _Problems) -> None:
             known[key] = {name: inner for name, inner in value.items() if name in nested[key] and inner != "auto"}
         elif value != "auto":
             known[key] = value
+    stage = known.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        problems.add("zero_optimization.stage", f"is {stage!r}, expected 1, 2 or 3")
+        return
     try:
         DeepSpeedZeroConfig(**known)
     except ValidationError as error:

@@ -119,6 +119,7 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from safetensors import SafetensorError
 
     chain = list(_causes(error))
     text = " ".join(str(link) for link in chain)
@@ -148,6 +149,8 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
                 f"no such repository on the hub, or a private one. Check the spelling at {where}; for a private one "
                 "log in (`hf auth login`, or HF_TOKEN); for a local model name a directory that exists."
             )
+    if has(SafetensorError):
+        return f"a weight file is damaged or was not copied to its end. Copy or download it again. ({_short(error)})"
     if has(EntryNotFoundError):
         return f"a file is missing in the repository: {_short(error)}"
     return _short(error)

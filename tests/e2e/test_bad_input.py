@@ -1,0 +1,497 @@
+"""Bad input, as a user gives it: the right exit code, and one short message that says what, where and how to mend it.
+
+Most commands run in a fork of a process that has the imports already (`preloaded`); some as the real process, plain and
+under `deepspeed`, whose own exit code must be ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.preloaded import Preloaded, preloaded
+from tests.tiny_run import Finished, TinyRun, make_tiny_run
+from vlm_dist.distributed.group import free_port
+from vlm_dist.errors import ExitCode
+
+pytestmark = pytest.mark.e2e
+
+MAX_LINES = 6
+TINY = ["--config", "configs/tiny.yaml"]
+
+
+def changed(*overrides: str) -> list[str]:
+    """Arguments of the tiny run with values changed."""
+    return [*TINY, *(part for override in overrides for part in ("--set", override))]
+
+
+def source(**settings: object) -> list[str]:
+    """Arguments of the tiny run on one other training source."""
+    return changed("data.train=" + json.dumps([settings]))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that must fail.
+
+    Attributes:
+        says: texts that the message must contain: what is wrong, where, and the way out.
+        before_torch: it fails while only the configuration is known.
+    """
+
+    name: str
+    arguments: list[str]
+    code: ExitCode
+    says: tuple[str, ...]
+    before_torch: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+    timeout_seconds: float = 30
+
+
+def config(name: str, arguments: list[str], *says: str) -> Case:
+    return Case(name, arguments, ExitCode.CONFIG, says, before_torch=True)
+
+
+def later(name: str, arguments: list[str], code: ExitCode, *says: str) -> Case:
+    return Case(name, [*arguments, "--set", f"train.output_dir=runs/{name}"], code, says)
+
+
+def launched(name: str, environment: dict[str, str], *says: str) -> Case:
+    return Case(name, TINY, ExitCode.DISTRIBUTED, says, environment=environment)
+
+
+CASES = [
+    # The run file and the files that it names
+    config("no run file", ["--config", "configs/nope.yaml"], "configs/nope.yaml: no such file"),
+    config("run file is a directory", ["--config", "configs"], "configs: is a directory, expected a YAML file"),
+    config("not YAML", ["--config", "configs/syntax.yaml"], "configs/syntax.yaml:4: not valid YAML", "expected ',' or"),
+    config("not text", ["--config", "configs/binary.yaml"], "configs/binary.yaml: is not UTF-8 text"),
+    config("a tab", ["--config", "configs/tab.yaml"], "configs/tab.yaml:3", r"'\t'"),
+    config("a list", ["--config", "configs/list.yaml"], "configs/list.yaml:1: got a list of 1, expected keys"),
+    config("empty", ["--config", "configs/empty.yaml"], "model: is missing, expected a hub id or a directory"),
+    config(
+        "no such section file",
+        ["--config", "configs/nofile.yaml"],
+        "configs/nofile.yaml:",
+        "configs.train: no such file: configs/nope.yaml",
+    ),
+    # Values and --set
+    config("wrong type", changed("train.learning_rate=fast"), "--set train.learning_rate=fast", "expected a number"),
+    config("unknown key", changed("train.learning_rat=1"), "unknown key; did you mean learning_rate?"),
+    config("unknown section", changed("trian.seed=1"), "unknown section; did you mean train?"),
+    config("no value", changed("train.seed"), "expected section.key=value, such as train.learning_rate=1e-4"),
+    config("unknown variable", ["--config", "configs/variable.yaml"], "{quesiton_column}", "{question_column}?"),
+    config("two precisions", changed("train.bf16=true", "train.fp16=true"), "at most one of them"),
+    config("not yet", changed("collator.video_processing.frame_extraction.library=cv2"), "not yet supported"),
+    config(
+        "all at once",
+        changed("train.seed=x", "peft.r=0", "collator.text_processing.max_length=-1"),
+        "train.seed: got 'x'",
+        "peft.r: got 0",
+        "max_length: got -1",
+    ),
+    # Model ids
+    config(
+        "unknown model",
+        changed("model_id=acme/nope-7b"),
+        "add to vlm_model_config.yaml",
+        '"acme/nope-7b":',
+        'model_class: "',
+        'processor_class: "',
+        'import_path: "transformers"',
+    ),
+    config("no model directory", changed("model_id=./nomodel"), "no such model directory: ./nomodel"),
+    config("empty model directory", changed("model_id=nothing"), "nothing is not a model directory: no config.json"),
+    later(
+        "hub id without network",
+        changed("model_id=Qwen/Qwen2-VL-2B-Instruct"),
+        ExitCode.MODEL,
+        "could not find Qwen/Qwen2-VL-2B-Instruct",
+        "HF_HUB_OFFLINE",
+        "hf download Qwen/Qwen2-VL-2B-Instruct",
+    ),
+    later(
+        "model without weights", changed("model_id=noweights"), ExitCode.MODEL, "lacks the weights (model.safetensors"
+    ),
+    later("damaged weights", changed("model_id=badweights"), ExitCode.MODEL, "could not load badweights", "it again"),
+    later("model without processor", changed("model_id=noprocessor"), ExitCode.MODEL, "lacks the tokenizer"),
+    later(
+        "target modules match nothing",
+        changed("peft.target_modules=[nothing_proj]"),
+        ExitCode.MODEL,
+        "peft.target_modules: 'nothing_proj' matches no linear layer",
+        "q_proj",
+    ),
+    # Columns
+    later(
+        "wrong column",
+        changed("collator.dataset_columns.question_column=query"),
+        ExitCode.CONFIG,
+        "dataset_columns.question_column",
+        "no column 'query'; it has: answer, question, video, image",
+    ),
+    later(
+        "wrong image column",
+        changed("collator.dataset_columns.image_column=picture", "collator.data_processing.video_data=false"),
+        ExitCode.CONFIG,
+        "no source has a column 'picture'; images has: answer, question, video, image",
+    ),
+    later(
+        "wrong rename",
+        source(type="tar", path="data/images", columns={"image": "jpg"}),
+        ExitCode.DATA,
+        "columns maps to 'jpg', which the data does not have; it has: png, answer, question, video",
+    ),
+    # Data
+    later("empty directory", source(type="tar", path="nothing"), ExitCode.DATA, "no .tar files found for 'nothing'"),
+    later(
+        "wrong glob",
+        source(type="tar", path="data/images/*.tgz"),
+        ExitCode.DATA,
+        "no .tar files found for 'data/images/*.tgz' (looked in",
+    ),
+    later("no such directory", source(type="tar", path="data/imags"), ExitCode.DATA, "'data/imags' (looked in"),
+    later(
+        "no held-out data", changed('data.eval=[{"type": "tar", "path": "nope"}]'), ExitCode.DATA, "'nope' (looked in"
+    ),
+    later(
+        "truncated tar",
+        source(type="tar", path="data/cut", columns={"image": "png"}),
+        ExitCode.DATA,
+        "data/cut/a.tar: truncated inside '",
+        "copy or write the shard again",
+    ),
+    later("no tar", source(type="tar", path="data/junk"), ExitCode.DATA, "data/junk/a.tar: the tar is", "copy it"),
+    later("no media", source(type="jsonl", path="nomedia.jsonl"), ExitCode.DATA, "0.png; media_root is ., set it to"),
+    later("a URL", source(type="jsonl", path="urls.jsonl"), ExitCode.DATA, "https://x.org/0.png' is a URL", "shards"),
+    later("no JSON", source(type="jsonl", path="nojson.jsonl"), ExitCode.DATA, "4 of 4 records are no JSON objects"),
+    later("no saved data set", source(type="hf", path="./nope"), ExitCode.DATA, "there is no ./nope (looked from"),
+    later(
+        "no hub data set",
+        source(type="hf", name="acme/nope"),
+        ExitCode.DATA,
+        "cannot load the data set 'acme/nope'",
+        "without network give a local directory as path",
+    ),
+    later(
+        "nothing fits",
+        changed("collator.text_processing.max_length=8", "train.max_steps=2"),
+        ExitCode.DATA,
+        "nothing was learned: no sample of the 2 steps could be used",
+        "quarantine/rank-*.jsonl",
+    ),
+    # DeepSpeed's JSON
+    config("no JSON file", changed("deepspeed=ds_configs/none.json"), "deepspeed: no such file: ds_configs/none.json"),
+    later("JSON syntax", changed("deepspeed=ds_configs/syntax.json"), ExitCode.CONFIG, "ds_configs/syntax.json:1: not"),
+    later(
+        "JSON typo",
+        changed("deepspeed=ds_configs/typo.json"),
+        ExitCode.CONFIG,
+        "ds_configs/typo.json:1: zero_optimisation is not a DeepSpeed key; did you mean zero_optimization?",
+    ),
+    later(
+        "JSON auto",
+        changed("deepspeed=ds_configs/auto.json"),
+        ExitCode.CONFIG,
+        'zero_optimization.reduce_bucket_size is "auto"; write a value',
+    ),
+    later(
+        "JSON owned",
+        changed("deepspeed=ds_configs/owned.json"),
+        ExitCode.CONFIG,
+        "train_micro_batch_size_per_gpu is train_config.yaml: per_device_train_batch_size; remove it here",
+    ),
+    later(
+        "JSON stage as text",
+        changed("deepspeed=ds_configs/text.json"),
+        ExitCode.CONFIG,
+        "zero_optimization.stage is '2', expected 1, 2 or 3",
+    ),
+    later("JSON stage 4", changed("deepspeed=ds_configs/four.json"), ExitCode.CONFIG, "stage is 4, expected 1, 2 or 3"),
+    # Where it goes and where it starts
+    Case(
+        "output_dir is a file",
+        changed("train.output_dir=afile"),
+        ExitCode.CONFIG,
+        ("train.output_dir: cannot write to afile", "name a directory that can be written"),
+    ),
+    Case(
+        "output_dir under a file",
+        changed("train.output_dir=afile/run"),
+        ExitCode.CONFIG,
+        ("train.output_dir: cannot write to afile/run: Not a directory",),
+    ),
+    later(
+        "no such checkpoint",
+        changed("train.resume=run/checkpoint-99"),
+        ExitCode.CHECKPOINT,
+        "run/checkpoint-99: no such checkpoint; there are: run/checkpoint-2",
+    ),
+    Case(
+        "earlier run",
+        TINY,
+        ExitCode.CHECKPOINT,
+        ("run has checkpoints of an earlier run", "train.resume=auto", "another train.output_dir"),
+    ),
+    Case(
+        "resume with other data",
+        changed("train.resume=auto", "train.max_steps=4", "data.train[0].path=data/images/images-000000.tar"),
+        ExitCode.CHECKPOINT,
+        ("data order is not this run's", "source 0 (images): samples 40 -> 16", "restore the values of the checkpoint"),
+    ),
+    Case(
+        "resume with another seed",
+        changed("train.resume=auto", "train.max_steps=4", "train.seed=7"),
+        ExitCode.CHECKPOINT,
+        ("seed: checkpoint 42, now 7",),
+    ),
+    Case(
+        "resume with a batch that does not divide",
+        changed("train.resume=auto", "train.max_steps=4", "train.per_device_train_batch_size=3"),
+        ExitCode.CONFIG,
+        ("global_batch_size 4 is not a multiple of 3", "set per_device_train_batch_size to 2 or 4"),
+    ),
+    Case(
+        "resume behind the end",
+        changed("train.resume=auto", "train.max_steps=1"),
+        ExitCode.CHECKPOINT,
+        ("run/checkpoint-2 has done 2 steps, but the run has 1", "raise train.max_steps"),
+    ),
+    Case(
+        "resume with another rank of LoRA",
+        changed("train.resume=auto", "train.max_steps=4", "peft.r=4"),
+        ExitCode.CHECKPOINT,
+        (
+            "the checkpoint does not fit the model",
+            "(8, 32) in the checkpoint, (4, 32) in the model",
+            "peft_config.yaml",
+        ),
+    ),
+    # Launchers
+    launched("RANK alone", {"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK are not set", "unset RANK, WORLD_SIZE, LOCAL_RANK"),
+    launched("no LOCAL_RANK", {"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
+    launched(
+        "RANK is no number", {"RANK": "x", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK is 'x', expected a whole number"
+    ),
+    launched(
+        "more local than all",
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+        "LOCAL_WORLD_SIZE 2 is larger than WORLD_SIZE 1",
+    ),
+    launched("no MASTER_ADDR", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "MASTER_"),
+    launched("mpirun", {"OMPI_COMM_WORLD_SIZE": "4"}, "every process of mpirun would train alone"),
+]
+
+
+def assert_clear(ended: Finished, case: Case, *, launcher: bool = False) -> None:
+    """The exit code, and one message of a few lines."""
+    shown = f"{case.name}:\n{ended.output}"
+    assert ended.exit_code == case.code, shown
+    assert "Traceback" not in ended.output, shown
+    told = list(re.finditer(r"^error(?: \(rank \d+\))?: ", ended.stderr, re.MULTILINE))
+    assert len(told) == 1, f"told {len(told)} times: {shown}"
+    message = ended.stderr[told[0].start() :]
+    if launcher:  # what the launcher says after it is its own
+        message = re.split(r"\n\[20\d\d-", message)[0]
+    assert len(message.strip().splitlines()) <= MAX_LINES, shown
+    for text in case.says:
+        assert text in message, f"{text!r} is not in: {shown}"
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Preloaded]:
+    with preloaded() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, process: Preloaded) -> TinyRun:
+    """A tiny run of two steps with its checkpoint, and all that is broken beside it."""
+    directory = tmp_path_factory.mktemp("bad")
+    made = make_tiny_run(directory)
+    break_configs(directory)
+    break_models(directory)
+    break_data(directory)
+    ended = process.run("vlm_dist.train", changed("train.max_steps=2", "data.eval=[]"), directory)
+    assert ended.exit_code == 0, ended.output
+    return made
+
+
+def break_configs(directory: Path) -> None:
+    configs = directory / "configs"
+    (configs / "syntax.yaml").write_text("model: model\noverrides:\n  train: {a: 1\n b: 2\n")
+    (configs / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
+    (configs / "tab.yaml").write_text("model: model\noverrides:\n\ttrain: 1\n")
+    (configs / "list.yaml").write_text("- model\n")
+    (configs / "empty.yaml").write_text("")
+    tiny = (configs / "tiny.yaml").read_text()
+    (configs / "nofile.yaml").write_text(yaml.safe_dump(yaml.safe_load(tiny) | {"configs": {"train": "nope.yaml"}}))
+    (configs / "variable.yaml").write_text(tiny.replace("{question_column}", "{quesiton_column}"))
+    preset = json.loads((directory / "ds_configs" / "tiny2.json").read_text())
+    zero = preset["zero_optimization"]
+    broken = {
+        "typo": preset | {"zero_optimisation": {}},
+        "auto": preset | {"zero_optimization": zero | {"reduce_bucket_size": "auto"}},
+        "owned": preset | {"train_micro_batch_size_per_gpu": 4},
+        "text": preset | {"zero_optimization": {"stage": "2"}},
+        "four": preset | {"zero_optimization": {"stage": 4}},
+    }
+    for name, content in broken.items():
+        (directory / "ds_configs" / f"{name}.json").write_text(json.dumps(content))
+    (directory / "ds_configs" / "syntax.json").write_text('{"zero_optimization": {')
+
+
+def break_models(directory: Path) -> None:
+    (directory / "nothing").mkdir()
+    for name in ("noweights", "badweights", "noprocessor"):
+        shutil.copytree(directory / "model", directory / name)
+    (directory / "noweights" / "model.safetensors").unlink()
+    weights = directory / "badweights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (directory / "noprocessor" / name).unlink()
+
+
+def break_data(directory: Path) -> None:
+    (directory / "afile").write_text("not a directory")
+    shard = (directory / "data" / "images" / "images-000000.tar").read_bytes()
+    for name, content in (("cut", shard[: len(shard) // 2 + 100]), ("junk", b"hello world" * 1000)):
+        (directory / "data" / name).mkdir()
+        (directory / "data" / name / "a.tar").write_bytes(content)
+    for name, image in (("nomedia", "{}.png"), ("urls", "https://x.org/{}.png")):
+        records = [{"image": image.format(i), "question": "q", "answer": "a"} for i in range(4)]
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (directory / "nojson.jsonl").write_text("hello\n" * 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input_has_its_exit_code_and_one_clear_message(case: Case, run: TinyRun, process: Preloaded) -> None:
+    ended = process.run(
+        "vlm_dist.train", case.arguments, run.directory, case.environment, timeout_seconds=case.timeout_seconds
+    )
+    assert_clear(ended, case)
+
+
+def test_no_run_file_at_all(run: TinyRun, process: Preloaded) -> None:
+    ended = process.run("vlm_dist.train", [], run.directory / "nothing")
+    case = Case("", [], ExitCode.CONFIG, ("configs/run.yaml: no such file (looked in", "nothing)"))
+    assert_clear(ended, case)
+
+
+@pytest.mark.parametrize("arguments", [["--cofnig", "x"], ["--set"], ["run.yaml"]], ids=" ".join)
+def test_a_wrong_command_line_shows_the_usage(arguments: list[str], run: TinyRun, process: Preloaded) -> None:
+    ended = process.run("vlm_dist.train", arguments, run.directory)
+    assert ended.exit_code == ExitCode.CONFIG
+    assert ended.stderr.startswith("usage: python -m vlm_dist.train [-h] [--config RUN.yaml]")
+    assert "Traceback" not in ended.stderr
+
+
+def test_another_learning_rate_on_resume_is_told(run: TinyRun, process: Preloaded) -> None:
+    """It is legal, but nobody should wonder about the bend in the curve."""
+    shutil.copytree(run.directory / "run", run.directory / "bend")
+    arguments = changed("train.output_dir=bend", "train.resume=auto", "train.max_steps=3", "train.learning_rate=7e-4")
+    ended = process.run("vlm_dist.train", [*arguments, "--set", "data.eval=[]"], run.directory)
+    assert ended.exit_code == 0, ended.output
+    assert "notice: train.learning_rate: 0.001 in the checkpoint, now 0.0007" in ended.output
+    assert "notice: train.max_steps: 2 in the checkpoint, now 3" in ended.output
+
+
+def test_a_silent_hub_is_not_waited_for_without_end(run: TinyRun, process: Preloaded) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        environment |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+        arguments = changed("model_id=Qwen/Qwen2-VL-2B-Instruct", "train.output_dir=runs/silent")
+        ended = process.run("vlm_dist.train", arguments, run.directory, environment, timeout_seconds=60)
+    assert_clear(ended, Case("silent hub", [], ExitCode.MODEL, ("the hub cannot be reached",)))
+
+
+def by_name(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+REAL = ["no run file", "not YAML", "unknown key", "unknown model", "wrong type", "no JSON file"]
+REAL_LATE = ["model without weights", "truncated tar", "RANK alone"]
+
+
+@pytest.mark.parametrize("name", REAL + REAL_LATE)
+def test_the_real_process(name: str, run: TinyRun) -> None:
+    case = by_name(name)
+    variables = [f"{key}={value}" for key, value in case.environment.items()]
+    command = ["env", *variables, sys.executable, "-m", "vlm_dist.train", *case.arguments]
+    ended = run.command(command, timeout_seconds=30 if case.before_torch else 60)
+    assert_clear(ended, case)
+    if case.before_torch:
+        assert ended.stderr.startswith("error: ")  # nothing before it: torch and DeepSpeed were not even imported
+
+
+@pytest.mark.parametrize("name", ["unknown key", "wrong column", "model without weights", "earlier run"])
+def test_deepspeed_with_two_processes(name: str, run: TinyRun) -> None:
+    """Told once for both, and DeepSpeed's own exit code is ours."""
+    case = by_name(name)
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    ended = run.command([*launcher, "-m", "vlm_dist.train", *case.arguments], timeout_seconds=90)
+    assert_clear(ended, case, launcher=True)
+
+
+TOOLS: list[tuple[list[str], ExitCode, str]] = [
+    (["config", "configs/nope.yaml"], ExitCode.CONFIG, "configs/nope.yaml: no such file"),
+    (["config", "configs/tiny.yaml", "--set", "train.sed=1"], ExitCode.CONFIG, "did you mean seed?"),
+    (["plan", "configs/nope.yaml", "--step", "0"], ExitCode.CONFIG, "configs/nope.yaml: no such file"),
+    (["plan", "configs/tiny.yaml", "--step", "6"], ExitCode.CONFIG, "the run has steps 0 to 5"),
+    (["plan", "configs/tiny.yaml", "--step", "-1"], ExitCode.CONFIG, "the run has steps 0 to 5"),
+    (
+        ["plan", "configs/tiny.yaml", "--step", "0", "--rank", "2", "--world-size", "2"],
+        ExitCode.CONFIG,
+        "expected a rank from 0 to 1",
+    ),
+    (["plan", "configs/tiny.yaml", "--step", "0", "--world-size", "0"], ExitCode.CONFIG, "--world-size 0"),
+    (
+        ["plan", "configs/tiny.yaml", "--step", "0", "--set", 'data.train=[{"type": "tar", "path": "nothing"}]'],
+        ExitCode.DATA,
+        "no .tar files found",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), TOOLS, ids=lambda value: str(value)[:40])
+def test_bad_input_of_the_tools(
+    arguments: list[str], code: ExitCode, says: str, run: TinyRun, process: Preloaded
+) -> None:
+    assert_clear(process.run("vlm_dist.cli", arguments, run.directory), Case(" ".join(arguments), [], code, (says,)))
+
+
+def test_tools_without_a_command_or_with_a_wrong_one(run: TinyRun, process: Preloaded) -> None:
+    for arguments in ([], ["paln"], ["plan", "configs/tiny.yaml"], ["plan", "configs/tiny.yaml", "--step", "one"]):
+        ended = process.run("vlm_dist.cli", arguments, run.directory)
+        assert ended.exit_code == ExitCode.CONFIG
+        assert "usage: vlm-dist" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_the_tools_work(run: TinyRun) -> None:
+    tool = str(Path(sys.executable).parent / "vlm-dist")
+    resolved = run.command([tool, "config", "configs/tiny.yaml"])
+    assert resolved.exit_code == 0, resolved.output
+    (run.directory / "resolved.yaml").write_text(resolved.stdout)
+    again = run.command([tool, "config", "resolved.yaml"])
+    assert again.stdout == resolved.stdout  # a resolved configuration is a run file too
+    plan = run.command([tool, "plan", "configs/tiny.yaml", "--step", "1", "--world-size", "2"])
+    assert plan.exit_code == 0, plan.output
+    slots = [json.loads(line) for line in plan.stdout.splitlines()]
+    assert len(slots) == 2 * 2 * 2  # the global batch of two ranks
+    assert {slot["rank"] for slot in slots} == {0, 1}
+    assert all(slot["shard"].endswith(".tar") and slot["key"] for slot in slots)
+    doctor = run.command([tool, "doctor"])
+    assert doctor.exit_code == 0, doctor.output
+    assert re.search(r"^torch \d", doctor.stdout, re.MULTILINE)
+    assert "Traceback" not in doctor.output + plan.output

@@ -1,0 +1,181 @@
+"""Resumed = uninterrupted, bit for bit, through the real command line, with dropout on.
+
+The undisturbed runs never save, evaluate or stop before their end, and read their data in the training process. What
+they are compared with does all of these things. 45 samples in steps of 8: the last step of an epoch has empty slots,
+one micro-batch of it is empty altogether, and 12 steps are two epochs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.numerics.finished_runs import assert_same_bits, checkpoints, figures, train
+from tests.tiny_run import TinyRun, make_tiny_run
+from vlm_dist.distributed.group import free_port
+from vlm_dist.errors import ExitCode
+
+pytestmark = [pytest.mark.numerics, pytest.mark.e2e]
+
+NUM_STEPS = 12
+BF16 = (
+    "train.bf16=true",
+    "model.loading_params.torch_dtype=bfloat16",
+    "peft.lora_dropout=0.05",
+    f"train.max_steps={NUM_STEPS}",
+)
+ZERO3 = "deepspeed=ds_configs/tiny3.json"
+FINAL = f"checkpoint-{NUM_STEPS}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_tiny_run(tmp_path_factory.mktemp("resume"), num_images=37)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: TinyRun) -> Path:
+    train(run, "undisturbed", *BF16, processes=2)
+    return run.directory / "undisturbed"
+
+
+def test_stopped_and_resumed_with_other_workers(run: TinyRun, undisturbed: Path) -> None:
+    stopped = train(run, "stopped", *BF16, "train.stop_at_step=3", processes=2)
+    assert f"at step 3 of {NUM_STEPS}; continue with --set train.resume=auto" in stopped.output
+    assert checkpoints(run, "stopped") == ["checkpoint-3"]
+    assert not (run.directory / "stopped" / "adapter").exists()
+    early = figures(run, "stopped")
+
+    resumed = train(run, "stopped", *BF16, "train.resume=auto", "train.dataloader_num_workers=2", processes=2)
+    assert f"resumed from stopped/checkpoint-3 at step 3 of {NUM_STEPS}" in resumed.output
+    wanted = figures(run, "undisturbed")
+    assert len(wanted) == NUM_STEPS
+    assert early == {step: wanted[step] for step in (1, 2, 3)}
+    assert figures(run, "stopped") == wanted
+    assert wanted[6]["null_slots/tail"] == 3
+    assert_same_bits(run.directory / "stopped" / FINAL, undisturbed / FINAL)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        published = (run.directory / "stopped" / "adapter" / name).read_bytes()
+        assert published == (undisturbed / "adapter" / name).read_bytes(), name
+
+
+def test_zero3_evaluated_saved_stopped_and_resumed(run: TinyRun) -> None:
+    train(run, "undisturbed3", *BF16, ZERO3, processes=2)
+    often = ("train.eval_steps=1", "train.save_steps=1", "train.save_total_limit=2", "train.eval_on_start=true")
+    train(run, "disturbed3", *BF16, ZERO3, *often, "train.stop_at_step=3", processes=2)
+    assert checkpoints(run, "disturbed3") == ["checkpoint-2", "checkpoint-3"]
+    more = ("train.resume=auto", "train.dataloader_num_workers=2")
+    train(run, "disturbed3", *BF16, ZERO3, *often, *more, processes=2)
+    assert checkpoints(run, "disturbed3") == [f"checkpoint-{NUM_STEPS - 1}", FINAL]
+    evaluated = run.metrics("disturbed3", "eval")
+    assert [record["step"] for record in evaluated] == list(range(NUM_STEPS + 1))
+    assert {(record["images/num_samples"], record["clips/num_samples"]) for record in evaluated} == {(5, 3)}
+    assert run.metrics("undisturbed3", "eval") == []
+    assert figures(run, "disturbed3") == figures(run, "undisturbed3")
+    assert_same_bits(run.directory / "disturbed3" / FINAL, run.directory / "undisturbed3" / FINAL)
+
+
+def rank_processes(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks that a `deepspeed` command has started."""
+    found = psutil.Process(launcher.pid).children(recursive=True)
+    return [process for process in found if any(arg.startswith("--local_rank=") for arg in process.cmdline())]
+
+
+def start_ranks(run: TinyRun, overrides: list[str]) -> list[subprocess.Popen[str]]:
+    """Start two ranks as children of our own, as srun would, so that each one's exit code is seen."""
+    environment = run.environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            run.train_command(*overrides),
+            cwd=run.directory,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def wait_for_step(run: TinyRun, output_dir: str, beyond: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a step after this position is in the log."""
+    path = run.directory / output_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) <= beyond:
+        assert process.poll() is None, f"ended before step {beyond + 1}:\n{process.communicate()[0][-4000:]}"
+        assert time.monotonic() < deadline, f"step {beyond + 1} did not come"
+        time.sleep(0.01)
+
+
+def end(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """Wait for processes and give back what they printed; nothing is left behind."""
+    try:
+        return [process.communicate(timeout=90)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def stopped_position(run: TinyRun, output_dir: str, output: str) -> int:
+    """Where a signal stopped the run; its newest checkpoint and its log end there."""
+    told = re.findall(rf"asked to stop by a signal at step (\d+) of {NUM_STEPS}; continue with", output)
+    assert len(told) == 1, output[-4000:]
+    assert checkpoints(run, output_dir)[-1] == f"checkpoint-{told[0]}"
+    assert len(figures(run, output_dir)) == int(told[0])
+    return int(told[0])
+
+
+def test_preempted_three_times(run: TinyRun, undisturbed: Path) -> None:
+    """SIGTERM to both ranks, SIGUSR1 to one of them, SIGINT to both (Ctrl-C), each resumed by the next."""
+    overrides = [*BF16, "train.output_dir=preempted", "train.resume=auto"]
+    position = 0
+    for number, which in ((signal.SIGTERM, slice(0, 2)), (signal.SIGUSR1, slice(1, 2))):
+        launcher = subprocess.Popen(
+            run.train_command(*overrides, processes=2),
+            cwd=run.directory,
+            env=run.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        ranks: list[psutil.Process] = []
+        try:
+            wait_for_step(run, "preempted", position, launcher)
+            ranks = sorted(rank_processes(launcher), key=lambda process: process.cmdline())
+            assert len(ranks) == 2
+            for process in ranks[which]:
+                os.kill(process.pid, number)
+        finally:
+            (output,) = end([launcher])
+            for process in ranks:
+                if process.is_running():
+                    process.kill()
+        assert launcher.returncode == ExitCode.PREEMPTED, output[-4000:]
+        assert "Traceback" not in output
+        stopped = stopped_position(run, "preempted", output)
+        assert position < stopped < NUM_STEPS
+        position = stopped
+
+    processes = start_ranks(run, overrides)
+    try:
+        wait_for_step(run, "preempted", position, processes[0])
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+    finally:
+        outputs = end(processes)
+    assert [process.returncode for process in processes] == [ExitCode.PREEMPTED] * 2, outputs
+    stopped = stopped_position(run, "preempted", outputs[0])
+    assert position < stopped < NUM_STEPS
+
+    train(run, "preempted", *BF16, "train.resume=auto", processes=2)
+    assert figures(run, "preempted") == figures(run, "undisturbed")
+    assert_same_bits(run.directory / "preempted" / FINAL, undisturbed / FINAL)
+    assert checkpoints(run, "preempted") == [f"checkpoint-{stopped}", FINAL]

@@ -1,0 +1,96 @@
+"""The table of families, and one sample through the processor of each."""
+
+import pytest
+
+from tests.unit.data.samples import MemorySource, bad_sample, collator, jpeg
+from tests.unit.families import processors
+from vlm_dist.data.materialise import Materialiser
+from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
+from vlm_dist.errors import ConfigError
+from vlm_dist.families import FAMILIES, GENERIC, family_for
+
+ROWS = [
+    {"image": jpeg(60, 40), "question": "What is it?", "answer": "noise"},
+    {"image": None, "question": "And what is this?", "answer": "nothing"},
+    {"image": [jpeg(30, 90), jpeg(20, 20)], "question": "Two?", "answer": "yes"},
+    bad_sample(),
+]
+
+
+def materialiser(name, **options):
+    family = family_for(name)
+    config = collator(label_masking={"mask_input_tokens": True}, **options.pop("config", {}))
+    made = getattr(processors, name)()
+    return made, Materialiser([MemorySource(ROWS)], made, family, config, frozenset({"image"}), 0, **options)
+
+
+def job(*rows):
+    return MicroBatchJob(0, 0, tuple(SampleRef(0, row) for row in rows))
+
+
+def answers(processor, batch):
+    return [processor.tokenizer.decode(labels[labels != IGNORE_INDEX]) for labels in batch.labels]
+
+
+def test_rows_are_found_by_model_type():
+    assert family_for("qwen2_vl").name == family_for("qwen2_5_vl").name == "qwen2_vl"
+    assert family_for("something_new") is GENERIC
+    types = [model_type for family in FAMILIES for model_type in family.model_types]
+    assert len(types) == len(set(types))
+
+
+@pytest.mark.parametrize(
+    ("name", "eos", "num_visual", "prompt"),
+    [
+        ("llava", "</s>", 4, "USER: <image><image><image><image>\nAnswer briefly. What is it? ASSISTANT: noise</s> "),
+        ("paligemma", "<eos>", 4, "<image><image><image><image><bos>Answer briefly. What is it?\nnoise<eos>"),
+    ],
+)
+def test_exactly_the_answers_carry_loss(name, eos, num_visual, prompt):
+    processor, make = materialiser(name)
+    batch = make(job(0, 1, 2))
+    assert answers(processor, batch) == [f"noise{eos}", f"nothing{eos}", f"yes{eos}"]
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+    assert processor.tokenizer.decode(ids[0][mask[0]]) == prompt
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (ids == image_id).sum(dim=1).tolist() == [num_visual, 0, 2 * num_visual]
+    assert batch.inputs["pixel_values"].shape == (3, 3, 28, 28)
+    assert batch.num_samples == 3
+    assert batch.num_tokens == int(mask.sum())
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_a_micro_batch_without_an_image_gets_one(name):
+    _, make = materialiser(name)
+    for batch, num_samples in ((make(job(1)), 1), (make(job(3)), 0), (make(job()), 0)):
+        assert batch.inputs["pixel_values"].shape == (1, 3, 28, 28)
+        assert batch.inputs["input_ids"].shape[0] == 2
+        assert batch.num_samples == num_samples
+        assert (batch.labels[num_samples:] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_prompts_for_generation_end_where_the_answer_begins(name):
+    processor, make = materialiser(name, for_generation=True)
+    batch = make(job(0, 1))
+    ends = {"llava": "ASSISTANT:", "paligemma": "is it?\n"}
+    texts = [processor.tokenizer.decode(row) for row in batch.inputs["input_ids"]]
+    assert texts[0].endswith(ends[name])
+    assert batch.references == ["noise", "nothing"]
+    assert batch.inputs["attention_mask"][:, -1].all()
+    assert not batch.inputs["attention_mask"].all()
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_long_texts_are_cut_behind_the_image(name):
+    processor, make = materialiser(name, config={"text_processing": {"max_length": 60}})
+    batch = make(job(0, 2))
+    ids = batch.inputs["input_ids"]
+    assert ids.shape[1] <= 60
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert int((ids == image_id).sum()) % 4 == 0
+
+
+def test_a_family_without_videos_says_so():
+    with pytest.raises(ConfigError, match="family llava take no videos"):
+        materialiser("llava", config={"data_processing": {"image_data": False, "video_data": True}})
