@@ -68,8 +68,12 @@ def show_config(options: argparse.Namespace) -> None:
 
 
 def show_plan(options: argparse.Namespace) -> None:
-    """Print one JSON line per slot of a step: rank, micro-batch, source, shard, key."""
+    """Print one JSON line per slot of a step: rank, micro-batch, source, shard, key.
+
+    A run that has a checkpoint has its global batch from there, as the trainer does on resume.
+    """
     from vlm_dist.build import make_plan, open_sources_alone
+    from vlm_dist.checkpoint import CheckpointStore
     from vlm_dist.config import load_run
     from vlm_dist.config.arithmetic import resolve_batch
 
@@ -80,7 +84,9 @@ def show_plan(options: argparse.Namespace) -> None:
             f"--rank {options.rank} of --world-size {world_size}: expected a rank from 0 to {world_size - 1}"
         )
     sources = open_sources_alone(config, "train")
-    plan = make_plan(config, sources, resolve_batch(config.train, world_size))
+    checkpoint = CheckpointStore(config.train.output_dir).latest()
+    saved = checkpoint.info["global_batch_size"] if checkpoint is not None else None
+    plan = make_plan(config, sources, resolve_batch(config.train, world_size, saved, allow_idle=True))
     if not 0 <= options.step < plan.num_steps:
         raise ConfigError(f"--step {options.step}: the run has steps 0 to {plan.num_steps - 1}")
     step = plan.step(options.step)

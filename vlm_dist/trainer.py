@@ -28,8 +28,8 @@ class Ending(enum.Enum):
     """Why the loop ended."""
 
     COMPLETE = "complete"
-    STOPPED_AT = "stopped at stop_at_step"
-    PREEMPTED = "asked to stop by a signal"
+    STOPPED_AT = "stopped, as stop_at_step says,"
+    PREEMPTED = "stopped by a signal"
 
 
 @dataclass(frozen=True)

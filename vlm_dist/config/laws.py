@@ -200,8 +200,7 @@ def _media(collator: VlmCollatorConfig) -> Iterator[Finding]:
     if collator.dataset_columns.messages_column is not None:
         return  # the conversations have their own <image> and <video>
     if data.image_data and data.video_data:
-        text = "both image_data and video_data are on: where the model's family takes one kind, videos have priority"
-        yield Finding((*base, "video_data"), text, also=switches, is_notice=True)
+        # where the family takes one kind only, the data room warns that videos have priority
         if not (image or video):
             yield Finding(messages, "has no {type: image} and no {type: video}, but both are on", also=switches)
     elif data.video_data:

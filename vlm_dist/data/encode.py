@@ -180,19 +180,21 @@ class Encoder:
             text_arguments["return_offsets_mapping"] = True
         if self._family.processor_needs_image and not images:
             return self._tokenize_alone(text, answer, text_arguments)
-        arguments: dict[str, Any] = {"return_tensors": "pt", "text_kwargs": text_arguments}
+        arguments: dict[str, Any] = {"text_kwargs": text_arguments}
         if wants_offsets:
             arguments["return_text_replacement_offsets"] = True
         if answer is not None:
             assert self._family.answer_argument is not None
             arguments[self._family.answer_argument] = [answer]
-        resize = {} if do_resize is None else {"do_resize": do_resize}
+        visual: dict[str, Any] = {"return_tensors": "pt"}  # not for the text: it stays lists, which can be ragged
+        if do_resize is not None:
+            visual["do_resize"] = do_resize
         if images:
             arguments["images"] = [list(images)]
-            arguments["images_kwargs"] = resize
+            arguments["images_kwargs"] = visual
         if clips:
             arguments["videos"] = [clip.frames for clip in clips]
-            arguments["videos_kwargs"] = dict(resize)
+            arguments["videos_kwargs"] = dict(visual)
             if self._family.needs_video_metadata:
                 arguments["videos_kwargs"] |= {
                     "do_sample_frames": False,
@@ -208,7 +210,6 @@ class Encoder:
                 [(self.tokenizer.bos_token or "") + text + "\n"],
                 text_pair=pair,
                 return_token_type_ids=True,
-                return_tensors="pt",
                 **text_arguments,
             )
         )

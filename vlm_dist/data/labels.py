@@ -81,12 +81,12 @@ class Renderer:
         if not any(message["role"] == "assistant" for message in messages):
             return RenderedText(plain)
         opening, closing = _unused_characters(texts)
-        marked = self._apply(_mark_answers(messages, opening, closing), add_generation_prompt)
-        if marked.replace(opening, "").replace(closing, "") != plain:
-            raise SkipSample(
-                "bad_sample", "the chat template changes the answers, so that they cannot be found in its text"
-            )
-        return self._end_answers(marked, opening, closing)
+        for inside_spaces in (False, True):  # the second for templates that trim what is said
+            marks = _mark_answers(messages, opening, closing, inside_spaces)
+            marked = self._apply(marks, add_generation_prompt)
+            if marked.replace(opening, "").replace(closing, "") == plain:
+                return self._end_answers(marked, opening, closing)
+        raise SkipSample("bad_sample", "the chat template changes the answers: they cannot be found in its text")
 
     def _apply(self, messages: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
         arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
@@ -127,8 +127,10 @@ def _unused_characters(texts: Sequence[str]) -> tuple[str, str]:
     return next(free), next(free)
 
 
-def _mark_answers(messages: Sequence[ChatMessage], opening: str, closing: str) -> list[ChatMessage]:
-    """Put marks round the words of each turn of the assistant, inside its outer spaces: templates may trim those."""
+def _mark_answers(
+    messages: Sequence[ChatMessage], opening: str, closing: str, inside_spaces: bool
+) -> list[ChatMessage]:
+    """Put marks round the words of each turn of the assistant, outside or inside its outer spaces."""
     marked = copy.deepcopy(list(messages))
     for message in marked:
         if message["role"] != "assistant":
@@ -137,9 +139,9 @@ def _mark_answers(messages: Sequence[ChatMessage], opening: str, closing: str) -
         if not parts:
             raise SkipSample("bad_sample", "a turn of the assistant has no text")
         first, last = parts[0], parts[-1]
-        words = first["text"].lstrip()
+        words = first["text"].lstrip() if inside_spaces else first["text"]
         first["text"] = first["text"][: len(first["text"]) - len(words)] + opening + words
-        words = last["text"].rstrip()
+        words = last["text"].rstrip() if inside_spaces else last["text"]
         last["text"] = words + closing + last["text"][len(words) :]
     return marked
 

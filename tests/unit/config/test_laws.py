@@ -101,7 +101,6 @@ SAID: dict[str, tuple[list[str], str]] = {
     "video in the image's place": ([*ONLY_VIDEO], "{type: image} stands for the video"),
     "image left out": ([*ONLY_VIDEO, messages(IMAGE, VIDEO)], "{type: image} is left out: image_data is off"),
     "video left out": ([messages(IMAGE, VIDEO)], "{type: video} is left out: video_data is off"),
-    "both kinds": (["collator.data_processing.video_data=true"], "videos have priority"),
     "resize without size": (["collator.image_processing.resize_mode=crop"], "crop has nothing to do: max_size is null"),
     "generation prompt": (["collator.text_processing.add_generation_prompt=true"], "usually false"),
     "two warm-ups": (["train.warmup_steps=5"], "train.warmup_ratio: has no effect: warmup_steps 5 wins"),

@@ -33,13 +33,13 @@ def png(image: Image.Image) -> bytes:
 
 
 def mp4(num_frames: int = 8, fps: int = 4, width: int = 64, height: int = 48) -> bytes:
-    """Each frame is grey, of its own level: 10 + 8 x its number."""
+    """Each frame is grey, of a level that tells its number: 10 + 8 x number, modulo 256."""
     stream = io.BytesIO()
     with av.open(stream, mode="w", format="mp4") as container:
         video = container.add_stream("libx264", rate=fps, options={"crf": "10", "threads": "1", "g": "4"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         for number in range(num_frames):
-            picture = np.full((height, width, 3), 10 + 8 * number, np.uint8)
+            picture = np.full((height, width, 3), (10 + 8 * number) % 256, np.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(video.encode(None))
     return stream.getvalue()

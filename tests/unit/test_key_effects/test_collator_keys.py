@@ -146,7 +146,7 @@ def test_max_size_and_the_way_to_get_there(project: Project) -> None:
 @shows("collator.video_processing.enabled")
 def test_videos_cannot_be_read_where_they_are_not_enabled(project: Project) -> None:
     changes = {"collator.video_processing.enabled": False}
-    with pytest.raises(ConfigError, match="got false beside data_processing.video_data: true"):
+    with pytest.raises(ConfigError, match=r"got false beside data_processing\.video_data: true"):
         project.config(changes)
     project.config(changes | IMAGES_ONLY)  # nothing to enable
 

@@ -145,8 +145,12 @@ def test_a_revision_of_a_local_directory_is_said_to_have_no_effect(project: Proj
 
 
 @pytest.fixture
-def remote(project: Project) -> Path:
-    """The tiny model with classes of its own beside its weights."""
+def remote(project: Project, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model with classes of its own beside its weights; the user's cache of such code is left alone."""
+    import transformers.dynamic_module_utils
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(project.data / "modules"))
+    monkeypatch.syspath_prepend(str(project.data / "modules"))
     directory = project.data / "remote"
     shutil.copytree(project.run.directory / "model", directory)
     for base, name, file, module in (
@@ -180,7 +184,7 @@ def test_code_of_the_repository_runs_only_where_it_is_trusted(project: Project, 
     config = project.config(trusted)
     assert config.model.loading_for(config.model_id).trust_remote_code
     assert project.processor(trusted).came_from_the_repository
-    with pytest.raises(ModelError, match="lacks .* weights of RemoteModel"):
+    with pytest.raises(ModelError, match=r"lacks .* weights of RemoteModel"):
         load(project, trusted)
 
 

@@ -1,0 +1,84 @@
+"""Several short runs in one process, and what can be seen of each: `python -m tests.unit.test_key_effects.probe FILE`.
+
+FILE holds `{name: {key: value}}`; what was seen is printed as one line of JSON behind `PROBE`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from vlm_dist.build import run_parts
+from vlm_dist.config import load_run
+from vlm_dist.data.types import MicroBatchJob
+from vlm_dist.data.workers import WorkerPool
+from vlm_dist.distributed.environment import resolve_topology
+from vlm_dist.distributed.group import Ranks, init_process_groups, shut_down
+from vlm_dist.distributed.signals import StopRequest
+from vlm_dist.engine import Engine, prepare_deepspeed
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """Note the jobs of the pool, and during the first update the processes and the furthest job."""
+    seen: dict[str, Any] = {"jobs": [], "outcomes": []}
+    submit, step = WorkerPool.submit, Engine.step
+
+    def watched_submit(pool: WorkerPool, job: MicroBatchJob) -> Any:
+        seen["jobs"].append((job.purpose, job.step, len(job.refs)))
+        return submit(pool, job)
+
+    def watched_step(engine: Engine) -> Any:
+        if "num_processes" not in seen:
+            if getattr(watched, "workers", 0):
+                time.sleep(3)  # for the prefetching to get as far as it may
+            seen["num_processes"] = len(psutil.Process().children(recursive=True))
+            seen["furthest_step"] = max(number for purpose, number, _ in seen["jobs"] if purpose == "train")
+        outcome = step(engine)
+        seen["outcomes"].append((outcome.learning_rate, outcome.grad_norm))
+        return outcome
+
+    WorkerPool.submit, Engine.step = watched_submit, watched_step  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        WorkerPool.submit, Engine.step = submit, step  # type: ignore[method-assign]
+
+
+def observe(name: str, changes: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Run with some values changed."""
+    changes = {"train.output_dir": f"probe-{name}"} | changes
+    config = load_run(Path("configs/tiny.yaml"), [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    watched.workers = config.train.dataloader_num_workers  # type: ignore[attr-defined]
+    with watched() as seen, run_parts(config, ranks, StopRequest()) as parts:
+        module = parts.trainer.engine.module
+        seen["dtype"] = str(parts.trainer.engine.compute_dtype)
+        start = {key: p.detach().float().clone() for key, p in module.named_parameters() if p.requires_grad}
+        parts.tell_ending(parts.trainer.run())
+        moved = {key: p.detach().float() - start[key] for key, p in module.named_parameters() if p.requires_grad}
+        seen["num_checkpointing"] = sum(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+        seen["moved"] = float(torch.cat([change.flatten() for change in moved.values()]).norm())
+        seen["checksum"] = float(sum((change.double() ** 3).sum() for change in moved.values()))
+    return seen
+
+
+def main() -> None:
+    prepare_deepspeed()
+    ranks = init_process_groups(resolve_topology(os.environ))
+    variants = json.loads(Path(sys.argv[1]).read_text())
+    seen = {name: observe(name, changes, ranks) for name, changes in variants.items()}
+    shut_down()
+    print("PROBE " + json.dumps(seen), flush=True)
+
+
+if __name__ == "__main__":
+    main()

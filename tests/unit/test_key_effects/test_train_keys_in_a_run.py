@@ -1,0 +1,178 @@
+"""train_config.yaml: keys whose effect shows in a run; three processes in all, each asked about many keys."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_run import Finished, TinyRun
+from tests.unit.test_key_effects.registry import shows
+
+pytestmark = pytest.mark.e2e
+
+#: Large epsilon: Adam then feels the size of a gradient, which clipping changes.
+SHORT = {
+    "train.max_steps": 2,
+    "train.lr_scheduler_type": "constant",
+    "train.adam_epsilon": 0.01,
+    "train.gradient_checkpointing": False,
+    "peft.lora_dropout": 0.0,
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rate": {"train.learning_rate": 1e-4},
+    "clipped": {"train.max_grad_norm": 1e-4},
+    "unclipped": {"train.max_grad_norm": 0},
+    "wide": {"train.max_grad_norm": 1e9},
+    "checkpointing": {"train.gradient_checkpointing": True},
+    "bf16": {"train.bf16": True, "model.loading_params.torch_dtype": "bfloat16"},
+    "one_worker": {"train.dataloader_num_workers": 1, "train.dataloader_prefetch_factor": 1, "train.max_steps": 6},
+    "two_workers": {"train.dataloader_num_workers": 2, "train.dataloader_prefetch_factor": 4, "train.max_steps": 6},
+    "eval_by_two": {"train.per_device_eval_batch_size": 2, "train.eval_steps": 2},
+    "eval_by_five": {"train.per_device_eval_batch_size": 5, "train.eval_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_run: TinyRun) -> dict[str, Any]:
+    """What the probe saw of each variant."""
+    variants = tiny_run.directory / "variants.json"
+    variants.write_text(json.dumps({name: SHORT | changes for name, changes in VARIANTS.items()}))
+    ended = tiny_run.command([sys.executable, "-m", "tests.unit.test_key_effects.probe", str(variants)])
+    assert ended.exit_code == 0, ended.output[-3000:]
+    line = next(line for line in ended.stdout.splitlines() if line.startswith("PROBE "))
+    return json.loads(line.removeprefix("PROBE "))
+
+
+@shows("train.learning_rate")
+def test_the_rate_reaches_the_engine(seen: dict[str, Any]) -> None:
+    assert {rate for rate, _ in seen["plain"]["outcomes"]} == {1e-3}
+    assert seen["rate"]["moved"] == pytest.approx(seen["plain"]["moved"] / 10, rel=0.05)
+
+
+@shows("train.max_grad_norm")
+def test_gradients_are_clipped_and_0_leaves_them_alone(seen: dict[str, Any]) -> None:
+    assert seen["clipped"]["moved"] < seen["unclipped"]["moved"] / 10
+    assert seen["unclipped"]["checksum"] == seen["wide"]["checksum"]
+    assert seen["clipped"]["outcomes"][0][1] == pytest.approx(seen["unclipped"]["outcomes"][0][1])  # before clipping
+
+
+@shows("train.gradient_checkpointing")
+def test_checkpointing_is_switched_on_and_changes_nothing(seen: dict[str, Any]) -> None:
+    assert seen["plain"]["num_checkpointing"] == 0
+    assert seen["checkpointing"]["num_checkpointing"] > 0
+    assert seen["checkpointing"]["checksum"] == pytest.approx(seen["plain"]["checksum"], rel=1e-4)
+
+
+@shows("train.bf16")
+def test_bf16_is_what_is_computed_in(seen: dict[str, Any]) -> None:
+    assert (seen["plain"]["dtype"], seen["bf16"]["dtype"]) == ("torch.float32", "torch.bfloat16")
+
+
+@shows("train.dataloader_num_workers", "train.dataloader_prefetch_factor")
+def test_workers_are_as_many_and_as_far_ahead_as_asked(seen: dict[str, Any]) -> None:
+    assert seen["plain"]["num_processes"] == 0
+    assert seen["two_workers"]["num_processes"] == seen["one_worker"]["num_processes"] + 1 > 1
+    assert (seen["one_worker"]["furthest_step"], seen["two_workers"]["furthest_step"]) == (1, 4)
+    assert seen["plain"]["furthest_step"] == 0
+
+
+@shows("train.per_device_eval_batch_size")
+def test_evaluation_takes_so_many_samples_at_a_time(seen: dict[str, Any]) -> None:
+    for name, size in (("eval_by_two", 2), ("eval_by_five", 5)):
+        assert {count for purpose, _, count in seen[name]["jobs"] if purpose == "eval"} == {size}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_run: TinyRun) -> Finished:
+    """Four of six steps, with all that happens between them."""
+    return tiny_run.train(
+        "train.output_dir=own/place",
+        "train.max_steps=6",
+        "train.stop_at_step=4",
+        "train.logging_steps=2",
+        "train.eval_steps=0.5",
+        "train.eval_on_start=true",
+        "train.save_steps=1",
+        "train.save_total_limit=2",
+        "train.predict_with_generate=true",
+        "train.generation_max_new_tokens=3",
+        "train.report_to=[wandb]",
+        "train.wandb_project=our-project",
+        "train.run_name=our-run",
+        "train.dataloader_pin_memory=true",
+    )
+
+
+@pytest.fixture
+def place(tiny_run: TinyRun, stopped: Finished) -> Path:
+    assert stopped.exit_code == 0, stopped.output[-3000:]
+    return tiny_run.directory / "own" / "place"
+
+
+def steps(tiny_run: TinyRun, kind: str) -> list[int]:
+    return [record["step"] for record in tiny_run.metrics("own/place", kind)]
+
+
+@shows("train.output_dir", "train.save_steps", "train.save_total_limit", "train.stop_at_step")
+def test_checkpoints_are_where_and_as_many_as_asked(stopped: Finished, place: Path) -> None:
+    written = re.findall(r"checkpoint written: \S*own/place/checkpoint-(\d+)", stopped.stdout)
+    assert written == ["1", "2", "3", "4"]
+    assert sorted(path.name for path in place.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert "stopped at stop_at_step at step 4 of 6" in stopped.stdout
+
+
+@shows("train.logging_steps", "train.eval_steps", "train.eval_on_start")
+@pytest.mark.usefixtures("place")
+def test_figures_come_as_often_as_asked(tiny_run: TinyRun) -> None:
+    assert steps(tiny_run, "train") == [2, 4]
+    assert steps(tiny_run, "eval") == [0, 3]
+
+
+@shows("train.predict_with_generate", "train.generation_max_new_tokens")
+def test_answers_are_generated_and_not_longer_than_asked(tiny_run: TinyRun, place: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run.directory / "model")
+    lines = (place / "predictions" / "step-3.jsonl").read_text().splitlines()
+    lengths = [len(tokenizer(json.loads(line)["prediction"])["input_ids"]) for line in lines]
+    assert len(lengths) == 8 and 0 < max(lengths) <= 3
+    assert "images/exact_match" in tiny_run.metrics("own/place", "eval")[0]
+
+
+@shows("train.report_to", "train.run_name", "train.wandb_project")
+def test_the_run_is_in_wandb_under_its_names(place: Path) -> None:
+    (record,) = (place / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"our-run" in record.read_bytes() and b"our-project" in record.read_bytes()
+
+
+@shows("train.dataloader_pin_memory")
+@pytest.mark.usefixtures("place")
+def test_pinning_without_a_gpu_is_said_to_have_no_effect(stopped: Finished) -> None:
+    import torch
+
+    said = "dataloader_pin_memory: true has no effect without a GPU" in stopped.stdout
+    assert said is not torch.cuda.is_available()
+
+
+@shows("train.resume", "train.report_to", "train.predict_with_generate", "train.stop_at_step")
+def test_resume_continues_where_it_stopped(tiny_run: TinyRun, place: Path) -> None:
+    """From the newest checkpoint or from the one that is named; without wandb, and with a run name of its own."""
+    ended = tiny_run.train(
+        "train.output_dir=own/place",
+        "train.resume=own/place/checkpoint-3",
+        "train.max_steps=6",
+        "train.logging_steps=1",
+        "train.seed=42",
+    )
+    assert ended.exit_code == 0, ended.output[-3000:]
+    assert re.search(r"resumed from \S*checkpoint-3 at step 3 of 6", ended.stdout)
+    assert steps(tiny_run, "train")[-3:] == [4, 5, 6]
+    assert "wandb:" not in ended.stdout
+    assert "done: 6 steps" in ended.stdout and (place / "adapter" / "adapter_config.json").is_file()
