@@ -199,6 +199,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
                 evaluator=make_evaluator(config, ranks, engine, eval_sources, pool, processor),
                 seed=train_config.seed,
                 start=start,
+                ignore_index=config.collator.label_masking.ignore_index,
             ),
             log=log,
             publish_adapter=lambda: save_adapter(store, engine, ranks),
@@ -416,4 +417,5 @@ def make_evaluator(
         tokenizer=getattr(processor, "tokenizer", processor),
         max_new_tokens=train_config.generation_max_new_tokens,
         predictions_dir=train_config.output_dir / "predictions",
+        ignore_index=config.collator.label_masking.ignore_index,
     )

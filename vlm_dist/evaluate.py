@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_dist.data.plan import Plan, PlanSettings
-from vlm_dist.data.types import MicroBatch, MicroBatchJob, SampleRef, Source
+from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef, Source
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.errors import DataError, ModelError
@@ -81,6 +81,7 @@ class Evaluator:
         tokenizer: turns generated ids into text; needed with `generation_pool`.
         max_new_tokens: length limit of an answer, in tokens.
         predictions_dir: where rank 0 writes `step-<position>.jsonl`; None: nowhere.
+        ignore_index: the label of tokens without loss.
 
     Raises:
         ModelError: answers are wanted from a model that cannot generate.
@@ -99,6 +100,7 @@ class Evaluator:
         tokenizer: Any = None,
         max_new_tokens: int = 32,
         predictions_dir: Path | None = None,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self._engine = engine
         self._ranks = ranks
@@ -108,6 +110,7 @@ class Evaluator:
         self._generation_pool = generation_pool
         self._tokenizer = tokenizer
         self._predictions_dir = predictions_dir
+        self._ignore_index = ignore_index
         settings = PlanSettings(
             global_batch_size=per_device_eval_batch_size * ranks.world_size,
             micro_batch_size=per_device_eval_batch_size,
@@ -160,7 +163,8 @@ class Evaluator:
         sums: list[tuple[int, Tensor]] = []
         for batch in self._micro_batches(number, self._pool):
             outputs = self._engine.module(**self._on_device(batch.inputs), use_cache=False)
-            sums.append((_order(batch.job), token_loss_sum(outputs.logits, batch.labels.to(outputs.logits.device))))
+            labels = batch.labels.to(outputs.logits.device)
+            sums.append((_order(batch.job), token_loss_sum(outputs.logits, labels, self._ignore_index)))
             tally.num_target_tokens += batch.num_target_tokens
             tally.num_samples += batch.num_samples
             tally.num_skipped += sum(slot.null_class != "tail" for slot in batch.null_slots)

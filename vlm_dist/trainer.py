@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from vlm_dist.data.feed import FeedStep, StepFeed
-from vlm_dist.data.types import StepPlan
+from vlm_dist.data.types import IGNORE_INDEX, StepPlan
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine, StepOutcome
 from vlm_dist.errors import DataError
@@ -92,6 +92,7 @@ class Trainer:
         evaluator: None without held-out data.
         seed: of the run.
         start: number of steps that are done already.
+        ignore_index: the label of tokens without loss.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Trainer:
         evaluator: Evaluates | None,
         seed: int,
         start: int,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self.engine = engine
         self.feed = feed
@@ -115,6 +117,7 @@ class Trainer:
         self.save = save
         self.evaluator = evaluator
         self.seed = seed
+        self.ignore_index = ignore_index
         self.position = start
         self._has_targets = start > 0  # a resumed run has had some before
         self._saved_at = start if start else -1
@@ -164,7 +167,7 @@ class Trainer:
             for micro_batch in fetched.micro_batches:
                 seed_micro_batch(self.seed, micro_batch.job.step, micro_batch.job.micro_batch)
                 logits = self.engine.forward(micro_batch.inputs)
-                micro_loss = token_loss_sum(logits, micro_batch.labels.to(logits.device))
+                micro_loss = token_loss_sum(logits, micro_batch.labels.to(logits.device), self.ignore_index)
                 self.engine.backward(micro_loss, totals["num_target_tokens"])
                 loss_sum = loss_sum.to(micro_loss.device) + micro_loss.detach()
             outcome = self.engine.step()

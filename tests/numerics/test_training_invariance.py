@@ -56,10 +56,10 @@ ONE_RANK = ("train.gradient_accumulation_steps=4",)
 ZERO3 = ("deepspeed=ds_configs/tiny3.json",)
 FINAL = f"checkpoint-{NUM_STEPS}"
 
-#: Relative difference of losses and gradient norms; float32 has 1.2e-7.
-LOSS_TOLERANCE = 1e-5
-#: Of a weight after six steps, absolute; the six steps move the weights by up to 3e-3.
-WEIGHT_TOLERANCE = 1e-5
+#: Relative difference of losses and gradient norms; seen: 1.2e-7, which is the rounding of float32.
+LOSS_TOLERANCE = 1e-6
+#: Absolute difference of a weight after six steps, which move weights by up to 3.5e-3; seen: 6e-7.
+WEIGHT_TOLERANCE = 3e-6
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,6 @@ def test_equals_a_plain_loop(
     trained = masters(directory / FINAL)
     moved = max_difference(trained, loop.start)
     difference = max_difference(trained, loop.final())
-    print(run_name, loop_name, max(abs(r["loss"] / w - 1) for r, w in zip(records, loop.losses)), moved, difference)
     assert moved > 1e-3
     assert difference <= WEIGHT_TOLERANCE
 
@@ -233,9 +232,7 @@ def assert_equal_within_rounding(run: TinyRun, directory: Path, wanted: Path, fi
             assert record[exact] == expected[exact], (record["step"], exact)
         for figure in ("loss", "grad_norm"):
             assert record[figure] == pytest.approx(expected[figure], rel=LOSS_TOLERANCE), (record["step"], figure)
-            print(directory.name, wanted.name, record["step"], figure, abs(record[figure] / expected[figure] - 1))
     difference = max_difference(masters(directory / FINAL), masters(wanted / FINAL))
-    print(directory.name, wanted.name, difference)
     assert difference <= WEIGHT_TOLERANCE
 
 

@@ -16,9 +16,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2VLForConditionalGeneration
 
-from tests.numerics.finished_runs import assert_same_bits, checkpoints, figures, train
+from tests.numerics.finished_runs import assert_same_bits, checkpoints, figures, masters, train
 from tests.tiny_run import TinyRun, make_tiny_run
+from vlm_dist.build import make_materialisers, make_processor, open_sources_alone
+from vlm_dist.config import load_run
+from vlm_dist.data.types import MicroBatch, MicroBatchJob, SampleRef
 from vlm_dist.distributed.group import free_port
 from vlm_dist.errors import ExitCode
 
@@ -80,6 +86,49 @@ def test_zero3_evaluated_saved_stopped_and_resumed(run: TinyRun) -> None:
     assert run.metrics("undisturbed3", "eval") == []
     assert figures(run, "disturbed3") == figures(run, "undisturbed3")
     assert_same_bits(run.directory / "disturbed3" / FINAL, run.directory / "undisturbed3" / FINAL)
+
+
+def logits_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Logits [B, T, V] in evaluation mode."""
+    inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.inputs.items()}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def test_the_adapter_is_what_was_trained(run: TinyRun, undisturbed: Path) -> None:
+    """PEFT loads the published adapter; it computes what the masters, rounded to the training dtype, compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.directory)
+        config = load_run(run.config, BF16)
+        sources = open_sources_alone(config, "eval")
+        processor, family = make_processor(config)
+        materialise = make_materialisers(config, [], sources, processor, family)
+        batch = materialise(MicroBatchJob(0, 0, (SampleRef(0, 1), SampleRef(1, 0)), purpose="eval"))
+    assert {"pixel_values", "pixel_values_videos"} <= batch.inputs.keys()
+
+    def base() -> Qwen2VLForConditionalGeneration:
+        return Qwen2VLForConditionalGeneration.from_pretrained(run.directory / "model", dtype=torch.bfloat16)
+
+    wanted = masters(undisturbed / FINAL)
+    assert all(float(tensor.abs().max()) > 0 for name, tensor in wanted.items() if "lora_B" in name)
+    by_hand = get_peft_model(base(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).bfloat16()
+    weights = {name: p for name, p in by_hand.named_parameters() if p.requires_grad}
+    assert weights.keys() == wanted.keys()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(wanted[name])
+    expected = logits_of(by_hand, batch)
+    assert float((expected - logits_of(base(), batch)).abs().max()) > 0.1
+    for directory in (undisturbed / "adapter", undisturbed / FINAL):
+        loaded = PeftModel.from_pretrained(base(), directory, autocast_adapter_dtype=False)
+        assert torch.equal(logits_of(loaded, batch), expected), directory
+
+    num_trainable = sum(tensor.numel() for tensor in wanted.values())
+    header_bytes = 40_000  # names, shapes and offsets, by which a real model's size is not noticed
+    assert (undisturbed / FINAL / "adapter_model.safetensors").stat().st_size <= 2 * num_trainable + header_bytes
+    assert (undisturbed / FINAL / "training_state.safetensors").stat().st_size <= 12 * num_trainable + header_bytes
+    size = sum(path.stat().st_size for path in (undisturbed / FINAL).iterdir())
+    assert size <= 16 * num_trainable + 1_000_000
 
 
 def rank_processes(launcher: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -49,7 +49,7 @@ def submit(tmp_path):
         (commands / name).chmod(0o755)
     directory = tmp_path / "project"
     (directory / "configs").mkdir(parents=True)
-    (directory / "configs" / "demo.yaml").write_text("model: x\n")
+    (directory / "configs" / "run.yaml").write_text("model: x\n")
 
     def run(*arguments, **environ):
         base = {

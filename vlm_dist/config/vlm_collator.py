@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from vlm_dist.config.message_variables import variables_in
-from vlm_dist.config.section import AS_TUPLE, Count, Name, PositiveNumber, Section, expected, not_yet_supported
+from vlm_dist.config.section import AS_TUPLE, Count, Name, PositiveNumber, Section, not_yet_supported
 
 #: Keys of dataset_columns that hold media, and the placeholder that shows them.
 MEDIA_COLUMNS = {"image_column": "image", "video_column": "video"}
@@ -129,19 +129,13 @@ class TextProcessing(Section):
     add_generation_prompt: bool = False
 
 
-def _check_ignore_index(value: Any) -> Any:
-    if value != -100 or isinstance(value, bool):
-        raise expected("-100 (other values are not yet supported)")
-    return value
-
-
 class LabelMasking(Section):
     """Which tokens carry no loss."""
 
     mask_pad_token: bool = True
     mask_image_token: bool = True
     mask_input_tokens: bool = False
-    ignore_index: Annotated[int, BeforeValidator(_check_ignore_index)] = -100
+    ignore_index: Annotated[int, Field(lt=0)] = -100  # the label of masked tokens; ids of tokens begin at 0
 
 
 class VlmCollatorConfig(Section):

@@ -118,7 +118,7 @@ class Materialiser:
         return MicroBatch(
             job=job,
             inputs=inputs,
-            labels=labels,
+            labels=labels.masked_fill(labels == IGNORE_INDEX, self._config.label_masking.ignore_index),
             num_samples=len(samples),
             num_target_tokens=int((labels != IGNORE_INDEX).sum()),
             num_tokens=sum(sample.example.labels.shape[0] for sample in samples),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # inside this room; the materialiser's last act is to write what the config says
 
 #: Why a slot of the plan carries no loss. Counted per step in the agreement of all ranks.
 NULL_CLASSES = (
@@ -130,9 +130,9 @@ class MicroBatch:
     Attributes:
         inputs: keyword arguments of the model's forward, without labels: `input_ids [B, T]`, `attention_mask [B, T]`,
             visual tensors as the family has them.
-        labels: [B, T] int64; `IGNORE_INDEX` marks tokens without loss. Column 0 is always `IGNORE_INDEX`, so that
+        labels: [B, T] int64; `label_masking.ignore_index` marks tokens without loss. Column 0 is always so, so that
             the number of targets is the same before and after the shift by one.
-        num_target_tokens: labels that are not `IGNORE_INDEX`.
+        num_target_tokens: labels that carry loss.
         num_tokens: real tokens of the samples, without padding and without dummies.
         num_computed_tokens: B x T.
         num_reduced: samples whose images or clips were made smaller to fit max_length.

@@ -28,6 +28,9 @@ from vlm_dist.errors import DataError, VlmDistError
 
 Materialise = Callable[[MicroBatchJob], MicroBatch]
 
+#: What a worker sends first.
+READY = b""
+
 _PROTOCOL = 5
 
 
@@ -35,7 +38,7 @@ def run_worker(pipe: connection.Connection, payload: bytes) -> None:
     """Make the micro-batches that are asked for until the pipe is closed.
 
     Args:
-        pipe: gives jobs, takes packed results.
+        pipe: takes READY, then gives jobs and takes packed results.
         payload: the pickled materialiser.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
@@ -44,6 +47,7 @@ def run_worker(pipe: connection.Connection, payload: bytes) -> None:
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
     materialise = _set_up(payload)
+    pipe.send_bytes(READY)
     while True:
         try:
             job = pipe.recv()

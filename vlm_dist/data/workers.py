@@ -22,7 +22,7 @@ from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
-from vlm_dist.data.worker_process import Materialise, run_worker, unpack
+from vlm_dist.data.worker_process import READY, Materialise, run_worker, unpack
 from vlm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ MAX_ATTEMPTS = 3
 MAX_EARLY_DEATHS = 6
 
 _PRELOADED = ["vlm_dist.data.materialise", "transformers.processing_utils"]
+_START_SECONDS = 600  # importing torch from a busy network file system takes minutes
 _END_SECONDS = 5
 
 
@@ -51,9 +52,15 @@ class _Task:
 class _Worker:
     process: ForkServerProcess
     pipe: connection.Connection
+    deadline: float  # monotonic seconds; of the task, or of getting ready
     task: _Task | None = None
-    deadline: float = 0.0  # monotonic seconds
+    is_ready: bool = False
     has_worked: bool = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether something is expected of it."""
+        return self.task is not None or not self.is_ready
 
 
 class WorkerPool:
@@ -163,7 +170,7 @@ class WorkerPool:
 
     def _hand_out(self) -> None:
         for worker in self._workers:
-            if worker.task is not None:
+            if not worker.is_ready or worker.task is not None:
                 continue
             with self._lock:
                 if not self._waiting:
@@ -177,16 +184,14 @@ class WorkerPool:
 
     def _wait(self) -> list[_Worker]:
         """Wait for results, deaths, deadlines, or new jobs."""
-        deadlines = [worker.deadline for worker in self._workers if worker.task is not None]
+        deadlines = [worker.deadline for worker in self._workers if worker.is_due]
         timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         ready = connection.wait([self._woken, *(worker.pipe for worker in self._workers)], timeout)
         if self._woken in ready:
             os.read(self._woken, 65536)
         now = time.monotonic()
         return [
-            worker
-            for worker in self._workers
-            if worker.pipe in ready or (worker.task is not None and now >= worker.deadline)
+            worker for worker in self._workers if worker.pipe in ready or (worker.is_due and now >= worker.deadline)
         ]
 
     def _take_result(self, worker: _Worker) -> bool:
@@ -197,6 +202,10 @@ class WorkerPool:
             data = worker.pipe.recv_bytes()
         except (EOFError, OSError):
             return False
+        if not worker.is_ready:
+            assert data == READY
+            worker.is_ready = True
+            return True
         task, worker.task = worker.task, None
         assert task is not None
         self._num_early_deaths = 0
@@ -206,9 +215,9 @@ class WorkerPool:
 
     def _lose(self, worker: _Worker) -> None:
         """Bury a worker; its job is done again, first of all, unless it has been tried often enough."""
-        hangs = worker.task is not None and time.monotonic() >= worker.deadline
+        hangs = worker.is_due and time.monotonic() >= worker.deadline
         _end(worker)
-        what = f"did not answer for {self._timeout_seconds:g} s" if hangs else f"died ({_how(worker.process.exitcode)})"
+        what = "did not answer in time" if hangs else f"died ({_how(worker.process.exitcode)})"
         # a signal to the whole process group ends all workers at once: that says nothing about the machine
         self._num_early_deaths += not worker.has_worked
         task = worker.task
@@ -291,7 +300,7 @@ def _start(context: multiprocessing.context.ForkServerContext, payload: bytes) -
             continue
         finally:
             theirs.close()  # the worker alone holds it, so that its death ends the pipe
-        return _Worker(process, ours)
+        return _Worker(process, ours, time.monotonic() + _START_SECONDS)
     raise AssertionError("unreachable")
 
 

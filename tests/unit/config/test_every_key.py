@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "collator.dataset_columns.answer_column": "answer",
     "collator.dataset_columns.video_column": "video",
     "collator.dataset_columns.context_column": None,
+    "collator.dataset_columns.messages_column": None,
     "collator.data_processing.image_data": True,
     "collator.data_processing.video_data": False,
     "collator.message_format.system_prompt": "Answer briefly.",
@@ -249,6 +250,7 @@ BAD_NUMBERS = {
     "peft.lora_alpha": ["0"],
     "peft.lora_dropout": ["1", "-0.1"],
     "collator.text_processing.max_length": ["0"],
+    "collator.label_masking.ignore_index": ["0", "7", "-1.5"],
     "collator.image_processing.max_size": ["0"],
     "collator.video_processing.frame_extraction.num_frames": ["0"],
     "collator.video_processing.file_processing.max_duration": ["0"],
@@ -267,7 +269,6 @@ def test_numbers_out_of_range(project: Project, key: str, value: str) -> None:
 
 NOT_YET = {
     "collator.video_processing.frame_extraction.library": "cv2",
-    "collator.label_masking.ignore_index": "-1",
     "train.report_to": "[tensorboard]",
     "peft.towers.vision": "full",
     "peft.modules_to_save": "[lm_head]",

@@ -47,7 +47,7 @@ def mp4(num_frames: int = 8, fps: int = 4, width: int = 64, height: int = 48) ->
 
 @dataclass
 class MemorySource:
-    """Rows in memory; a row that is an exception is raised when it is read."""
+    """Rows in memory; the row None is damaged, a row that is an exception is raised when it is read."""
 
     rows: Sequence[Any]
     name: str = "memory"
@@ -76,13 +76,11 @@ class MemorySource:
 
     def read(self, index: int) -> RawSample:
         row = self.rows[index]
+        if row is None:
+            raise SkipSample("bad_sample", "a member is missing")
         if isinstance(row, Exception):
             raise row
         return RawSample(row, self.origin(index))
-
-
-def bad_sample() -> SkipSample:
-    return SkipSample("bad_sample", "a member is missing")
 
 
 def collator(**sections: Any) -> VlmCollatorConfig:

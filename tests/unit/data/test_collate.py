@@ -12,7 +12,10 @@ from vlm_dist.families import GENERIC
 def example(*ids, visual=None, is_dummy=False, **tokens):
     row = torch.tensor(ids)
     return Example(
-        {"input_ids": row, "attention_mask": torch.ones_like(row), **tokens}, visual or {}, row.clone(), is_dummy=is_dummy
+        {"input_ids": row, "attention_mask": torch.ones_like(row), **tokens},
+        visual or {},
+        row.clone(),
+        is_dummy=is_dummy,
     )
 
 

@@ -57,7 +57,9 @@ def test_convert_to_rgb_false_leaves_the_mode():
     assert decode_image(png(Image.new("L", (4, 4))), convert_to_rgb=False).mode == "L"
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", jpeg()[:200], jpeg(200, 200)[:-4000], png(Image.new("L", (90, 90)))[:60]])
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", jpeg()[:200], jpeg(200, 200)[:-4000], png(Image.new("L", (90, 90)))[:60]]
+)
 def test_what_cannot_be_decoded_is_skipped(data):
     with pytest.raises(SkipSample) as caught:
         decode_image(data)

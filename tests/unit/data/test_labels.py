@@ -17,7 +17,8 @@ QWEN = family_for("qwen2_vl")
 
 def chat(*texts):
     return [
-        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(texts)
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
+        for i, text in enumerate(texts)
     ]
 
 

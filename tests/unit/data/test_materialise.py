@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from tests.unit.data.samples import MemorySource, bad_sample, collator, jpeg, mp4
+from tests.unit.data.samples import MemorySource, collator, jpeg, mp4
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
 from vlm_dist.errors import ConfigError, DataError
@@ -21,7 +21,7 @@ ROWS = [
     {"image": jpeg(112, 84), "question": "which digit is this", "answer": "seven"},
     {"image": None, "video": mp4(), "question": "which digits", "answer": "one two"},
     {"image": None, "question": "what is in the image", "answer": "nothing"},
-    bad_sample(),
+    None,  # damaged
     {"image": [jpeg(56, 56), jpeg(56, 112, 1)], "video": mp4(4), "question": "two?", "answer": "yes"},
     {"image": jpeg(112, 84)[:300], "question": "q", "answer": "a"},
     {"image": jpeg(560, 560), "question": "describe this image", "answer": "one two three four " * 40},
@@ -66,7 +66,11 @@ def test_samples_of_all_kinds_in_one_micro_batch(processor):
 
 def test_it_equals_the_processors_own_batch_call(processor):
     batch = materialiser(processor, frozenset({"image"}), data_processing={})(job(IMAGE, TEXT, IMAGE))
-    asked = [("which digit is this", "seven", 1), ("what is in the image", "nothing", 0), ("which digit is this", "seven", 1)]
+    asked = [
+        ("which digit is this", "seven", 1),
+        ("what is in the image", "nothing", 0),
+        ("which digit is this", "seven", 1),
+    ]
     texts = [
         processor.apply_chat_template(
             [
@@ -100,7 +104,9 @@ def test_without_masking_all_but_padding_and_pictures_carries_loss(processor):
     expected[:, 0] = False
     expected[2:] = False  # the dummy clip
     assert torch.equal(plain.labels != IGNORE_INDEX, expected)
-    learned = materialiser(processor, label_masking={"mask_image_token": False, "mask_pad_token": False})(job(IMAGE, TEXT))
+    learned = materialiser(processor, label_masking={"mask_image_token": False, "mask_pad_token": False})(
+        job(IMAGE, TEXT)
+    )
     assert (learned.labels[:2, 1:] == ids[:2, 1:]).all()
 
 
@@ -245,7 +251,9 @@ def test_conversations(processor):
         {"role": "user", "content": "what?<image>"},
         {"role": "assistant", "content": "nothing"},
     ]
-    source = MemorySource([{"images": [jpeg(56, 56), jpeg(56, 56, 1)], "messages": turns}], names=("images", "messages"))
+    source = MemorySource(
+        [{"images": [jpeg(56, 56), jpeg(56, 56, 1)], "messages": turns}], names=("images", "messages")
+    )
     columns = {"image_column": "images", "question_column": None, "answer_column": None, "messages_column": "messages"}
     config = collator(dataset_columns=columns, label_masking=ANSWERS_ONLY)
     batch = Materialiser([source], processor, QWEN, config, frozenset({"image"}), 0)(job(0))

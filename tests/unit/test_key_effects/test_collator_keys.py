@@ -251,6 +251,16 @@ def test_image_tokens_carry_loss_only_where_they_are_not_masked(project: Project
     assert learned.count("<|image_pad|>") == masked.texts[0].count("<|image_pad|>")
 
 
+@shows("collator.label_masking.ignore_index")
+def test_masked_tokens_have_the_label_that_is_named(project: Project) -> None:
+    """That the loss knows it too is shown in a run."""
+    usual = project.batch(samples=(0, 1)).made
+    other = project.batch({"collator.label_masking.ignore_index": -7}, samples=(0, 1)).made
+    assert torch.equal(other.labels == -7, usual.labels == IGNORE_INDEX) and (other.labels == -7).any()
+    assert not (other.labels == IGNORE_INDEX).any()
+    assert other.num_target_tokens == usual.num_target_tokens
+
+
 @shows("collator.label_masking.mask_pad_token")
 def test_padding_carries_loss_only_where_it_is_not_masked(project: Project) -> None:
     rows = project.rows({"question": "a", "answer": "b"}, {"question": "a b c d e f", "answer": "b"})

@@ -39,7 +39,7 @@ def updated(project: Project, gradients: Sequence[float], **changes: Any) -> flo
     for gradient in gradients:
         model.weight.grad = torch.full_like(model.weight, gradient)
         optimizer.step()
-    return float(model.weight)
+    return float(model.weight.detach())
 
 
 @shows("train.learning_rate")

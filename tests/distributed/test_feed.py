@@ -1,0 +1,72 @@
+"""The feed on two ranks: what one of them finds, both know, at the same step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tests.ranks import Ranks, run_ranks
+from tests.unit.data.samples import MemorySource
+from vlm_dist.data.feed import FEED_FIELDS, StepFeed
+from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.types import MicroBatch, MicroBatchJob
+from vlm_dist.data.workers import WorkerPool
+from vlm_dist.distributed.agreement import StepAgreement
+from vlm_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Maker:
+    rank: int
+    failing_step: int = -1
+
+    def __call__(self, job: MicroBatchJob) -> MicroBatch:
+        if self.rank == 1 and job.step == self.failing_step:
+            raise DataError("the disk of rank 1 is gone")
+        num_samples = sum(ref is not None for ref in job.refs)
+        return MicroBatch(job, {}, torch.zeros(1, 1), num_samples, 10 * num_samples, 0, 0)
+
+
+def steps_seen(ranks: Ranks, failing_step: int, stop_at: int) -> list[tuple[int, int, list[int], list[int]]]:
+    plan = Plan([MemorySource([{}] * 30)], [1.0], PlanSettings(8, 2))
+    agreement = StepAgreement(FEED_FIELDS, ranks.agreement, ranks.world_size)
+    seen: list[tuple[int, int, list[int], list[int]]] = []
+
+    def stop_requested() -> bool:
+        return ranks.rank == 0 and len(seen) >= stop_at
+
+    pool = WorkerPool(Maker(ranks.rank, failing_step), 0)
+    with StepFeed(plan, pool, ranks.rank, ranks.world_size, agreement, stop_requested=stop_requested) as feed:
+        for step in feed:
+            verdict = step.verdict
+            seen.append(
+                (
+                    step.plan.step,
+                    verdict.total["num_target_tokens"],
+                    verdict.ranks_with("fetch_error"),
+                    verdict.ranks_with("stop"),
+                )
+            )
+            if verdict.ranks_with("stop") or verdict.ranks_with("fetch_error"):
+                break
+    return seen
+
+
+def test_both_ranks_count_the_targets_of_both() -> None:
+    one, other = run_ranks(steps_seen, 2, -1, 99)
+    assert one == other
+    assert [targets for _, targets, _, _ in one] == [80, 80, 80, 60]
+
+
+def test_both_ranks_leave_when_one_is_asked_to() -> None:
+    one, other = run_ranks(steps_seen, 2, -1, 2)
+    assert one == other
+    assert one[-1] == (2, 80, [], [0])
+
+
+def test_both_ranks_leave_when_one_cannot_read() -> None:
+    one, other = run_ranks(steps_seen, 2, 1, 99)
+    assert one == other
+    assert one[-1][0] == 1
+    assert one[-1][2] == [1]
