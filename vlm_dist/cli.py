@@ -84,7 +84,8 @@ def show_plan(options: argparse.Namespace) -> None:
             f"--rank {options.rank} of --world-size {world_size}: expected a rank from 0 to {world_size - 1}"
         )
     sources = open_sources_alone(config, "train")
-    checkpoint = CheckpointStore(config.train.output_dir).latest()
+    store, resume = CheckpointStore(config.train.output_dir), config.train.resume
+    checkpoint = store.latest() if resume in (False, "auto") else store.load(Path(resume))
     saved = checkpoint.info["global_batch_size"] if checkpoint is not None else None
     plan = make_plan(config, sources, resolve_batch(config.train, world_size, saved, allow_idle=True))
     if not 0 <= options.step < plan.num_steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -409,4 +408,4 @@ def test_the_whole_guide_at_once_trains(run: TinyRun) -> None:
     assert (run.directory / "guide" / "wandb").is_dir()  # no network: recorded offline
     adapter = yaml.safe_load((run.directory / "guide" / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (64, 16, 0.05)
-    assert os.path.getsize(run.directory / "guide" / "adapter" / "adapter_model.safetensors") > 0
+    assert (run.directory / "guide" / "adapter" / "adapter_model.safetensors").is_file()

@@ -133,6 +133,11 @@ class Encoder:
             answers = self._find_answers(rendered, offsets, replacements, length)
         return Encoded(tokens, visual, answers, is_visual)
 
+    @property
+    def finds_answers(self) -> bool:
+        """Whether `Encoded.answers` can be relied on: the processor tells which characters a token comes from."""
+        return self._has_offsets or self._family.answer_argument is not None
+
     def measure_text(self, rendered: RenderedText, answer: str | None = None) -> TextLength:
         """Count the tokens of a text, without its media."""
         tokenized = self.tokenizer(
@@ -216,13 +221,8 @@ class Encoder:
 
     def _find_answers(self, rendered: RenderedText, offsets: Any, replacements: Any, length: int) -> Tensor:
         """Find the answers' tokens in the text with expanded placeholders."""
-        if not rendered.answers:
+        if not rendered.answers or offsets is None:
             return torch.zeros(length, dtype=torch.bool)
-        if offsets is None:
-            raise ModelError(
-                f"{type(self._processor).__name__} does not tell which characters a token comes from, so that answers "
-                "cannot be told from prompts; use a fast tokenizer"
-            )
         shown = replacements[0] if replacements else []
         for one in shown:
             start, end = one["span"]
@@ -256,4 +256,5 @@ def _as_tensor(value: Any) -> Tensor:
         return value
     if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
         return torch.stack(list(value))
-    return torch.from_numpy(np.asarray(value))
+    array = np.asarray(value)
+    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)

@@ -24,7 +24,7 @@ from vlm_dist.data.preconditions import check_columns, check_labels, choose_kind
 from vlm_dist.data.template import Media, MessageBuilder
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, NullSlot, SampleOrigin, SampleRef, Source
 from vlm_dist.data.video import Clip, decode_video, repeat_last_frame
-from vlm_dist.errors import SkipSample
+from vlm_dist.errors import ModelError, SkipSample
 from vlm_dist.families import Family
 
 _MAX_REFITS = 4
@@ -84,6 +84,12 @@ class Materialiser:
         check_labels(collator_config, family)
         self._renderer = Renderer(processor, family)
         self._encoder = Encoder(processor, family)
+        if collator_config.label_masking.mask_input_tokens and not self._encoder.finds_answers:
+            raise ModelError(
+                f"label_masking.mask_input_tokens is true, but {type(processor).__name__} does not tell which "
+                "characters a token comes from, so that answers cannot be told from prompts; "
+                "set it to false, or use a fast tokenizer"
+            )
         self._padding = Padding(
             token_id=choose_pad_token(self._encoder.tokenizer),
             side="left" if for_generation else "right",
@@ -220,9 +226,12 @@ class Materialiser:
     def _visual_budget(self, text: TextLength, images: list[Image.Image], clips: list[Clip]) -> tuple[int, bool]:
         """Decide how many visual tokens a sample may have, and whether its text has to be cut."""
         limit = self._config.text_processing.max_length
+        room_beside_text = limit - text.num_tokens
+        if self._fitter.count(images, clips) <= room_beside_text:
+            return room_beside_text, False
         smallest = self._fitter.smallest(images, clips)
-        if text.num_tokens + smallest <= limit:
-            return limit - text.num_tokens, False
+        if smallest <= room_beside_text:
+            return room_beside_text, False
         needed = text.num_before_answer if self._config.label_masking.mask_input_tokens else text.num_before_visual_end
         room = limit - needed - 1
         if self._for_generation or room < smallest:

@@ -8,7 +8,7 @@ import torch
 from tests.unit.data.samples import MemorySource, collator, jpeg, mp4
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
-from vlm_dist.errors import ConfigError, DataError
+from vlm_dist.errors import ConfigError, DataError, ModelError
 from vlm_dist.families import family_for
 
 QWEN = family_for("qwen2_vl")
@@ -259,3 +259,12 @@ def test_conversations(processor):
     batch = Materialiser([source], processor, QWEN, config, frozenset({"image"}), 0)(job(0))
     assert targets(processor, batch) == ["they<|im_end|>nothing<|im_end|>"]
     assert batch.inputs["image_grid_thw"].shape == (2, 3)
+
+
+def test_a_tokenizer_without_offsets_cannot_mask_prompts(processor):
+    slow = pickle.loads(pickle.dumps(processor))
+    type_without_offsets = type("Slow", (type(slow.tokenizer),), {"is_fast": False})
+    slow.tokenizer.__class__ = type_without_offsets
+    with pytest.raises(ModelError, match="set it to false, or use a fast tokenizer"):
+        materialiser(slow)
+    assert materialiser(slow, label_masking={})(job(IMAGE)).num_samples == 1

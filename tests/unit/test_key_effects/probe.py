@@ -28,10 +28,24 @@ from vlm_dist.engine import Engine, prepare_deepspeed
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, Any]]:
-    """Note the jobs of the pool, and during the first update the processes and the furthest job."""
+def watched(ahead: int) -> Iterator[dict[str, Any]]:
+    """Note the jobs of the pool, and during the first update the processes and the furthest job.
+
+    Args:
+        ahead: steps that should be prefetched by then.
+    """
     seen: dict[str, Any] = {"jobs": [], "outcomes": []}
     submit, step = WorkerPool.submit, Engine.step
+
+    def furthest_step(wanted: int) -> int:
+        """Wait until a step is asked for, and a moment more for those that should not be."""
+        deadline = time.monotonic() + 30 * (wanted > 0)
+        while True:
+            furthest = max(number for purpose, number, _ in seen["jobs"] if purpose == "train")
+            if furthest >= wanted or time.monotonic() > deadline:
+                time.sleep(0.7 * (wanted > 0))
+                return max(number for purpose, number, _ in seen["jobs"] if purpose == "train")
+            time.sleep(0.05)
 
     def watched_submit(pool: WorkerPool, job: MicroBatchJob) -> Any:
         seen["jobs"].append((job.purpose, job.step, len(job.refs)))
@@ -39,10 +53,8 @@ def watched() -> Iterator[dict[str, Any]]:
 
     def watched_step(engine: Engine) -> Any:
         if "num_processes" not in seen:
-            if getattr(watched, "workers", 0):
-                time.sleep(3)  # for the prefetching to get as far as it may
+            seen["furthest_step"] = furthest_step(ahead)
             seen["num_processes"] = len(psutil.Process().children(recursive=True))
-            seen["furthest_step"] = max(number for purpose, number, _ in seen["jobs"] if purpose == "train")
         outcome = step(engine)
         seen["outcomes"].append((outcome.learning_rate, outcome.grad_norm))
         return outcome
@@ -58,8 +70,8 @@ def observe(name: str, changes: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Run with some values changed."""
     changes = {"train.output_dir": f"probe-{name}"} | changes
     config = load_run(Path("configs/tiny.yaml"), [f"{key}={json.dumps(value)}" for key, value in changes.items()])
-    watched.workers = config.train.dataloader_num_workers  # type: ignore[attr-defined]
-    with watched() as seen, run_parts(config, ranks, StopRequest()) as parts:
+    ahead = config.train.dataloader_prefetch_factor if config.train.dataloader_num_workers else 0
+    with watched(ahead) as seen, run_parts(config, ranks, StopRequest()) as parts:
         module = parts.trainer.engine.module
         seen["dtype"] = str(parts.trainer.engine.compute_dtype)
         start = {key: p.detach().float().clone() for key, p in module.named_parameters() if p.requires_grad}

@@ -19,6 +19,7 @@ from vlm_dist.data.plan import Plan
 from vlm_dist.data.sources.open_files import OpenFiles
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
 from vlm_dist.data.workers import WorkerPool
+from vlm_dist.distributed.signals import StopRequest
 from vlm_dist.model import attach_adapter, load_model
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
 
@@ -85,7 +86,7 @@ def test_the_schedule_has_its_shape_and_its_warm_up(project: Project) -> None:
     assert shapes[0] == [round((1 + math.cos(math.pi * i / 10)) / 2, 6) for i in range(10)]
     assert set(shapes[2]) == set(shapes[3]) == {1.0}
     assert factors(lr_scheduler_type="constant_with_warmup", warmup_ratio=0.3)[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors(lr_scheduler_type="constant_with_warmup", warmup_steps=1)[:2] == [0.5, 1.0]
+    assert factors(lr_scheduler_type="constant_with_warmup", warmup_steps=3)[:4] == [0.25, 0.5, 0.75, 1.0]
     notices = project.config({"train.warmup_steps": 1, "train.lr_scheduler_type": "constant"}).notices
     assert any("constant has no warm-up" in notice for notice in notices)
 
@@ -231,4 +232,22 @@ class _Nothing:
         pass
 
     def __exit__(self, *exception: object) -> None:
+        pass
+
+
+@shows("train.run_name")
+@pytest.mark.parametrize(("given", "expected"), [("first try", "first try"), (None, "vqa")])
+def test_a_run_has_its_name_or_that_of_its_directory(
+    project: Project, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    class Told(Exception):  # noqa: N818 - no error, but the end of the test
+        pass
+
+    def tell(*_: object, run_name: str, **__: object) -> None:
+        raise Told(run_name)
+
+    monkeypatch.setattr(build, "MetricLog", tell)
+    config = project.config({"train.output_dir": "runs/vqa", "train.run_name": given})
+    ranks: Any = SimpleNamespace(rank=0)
+    with pytest.raises(Told, match=expected), build.run_parts(config, ranks, StopRequest()):
         pass
