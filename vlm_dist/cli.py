@@ -57,12 +57,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def show_config(options: argparse.Namespace) -> None:
     """Print the resolved configuration, and what is worth a notice."""
-    import yaml
-
     from vlm_dist.config import load_run
 
     config = load_run(options.run, options.overrides)
-    print(yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True), end="")
+    print(config.to_yaml(), end="")
     for notice in config.notices:
         print(f"notice: {notice}", file=sys.stderr)
 
@@ -85,7 +83,7 @@ def show_plan(options: argparse.Namespace) -> None:
         )
     sources = open_sources_alone(config, "train")
     store, resume = CheckpointStore(config.train.output_dir), config.train.resume
-    checkpoint = store.latest() if resume in (False, "auto") else store.load(Path(resume))
+    checkpoint = store.latest() if resume is False or resume == "auto" else store.load(Path(resume))
     saved = checkpoint.info["global_batch_size"] if checkpoint is not None else None
     plan = make_plan(config, sources, resolve_batch(config.train, world_size, saved, allow_idle=True))
     if not 0 <= options.step < plan.num_steps:
