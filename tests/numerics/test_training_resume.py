@@ -176,7 +176,7 @@ def end(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 def stopped_position(run: TinyRun, output_dir: str, output: str) -> int:
     """Where a signal stopped the run; its newest checkpoint and its log end there."""
-    told = re.findall(rf"asked to stop by a signal at step (\d+) of {NUM_STEPS}; continue with", output)
+    told = re.findall(rf"by a signal at step (\d+) of {NUM_STEPS}; continue with", output)
     assert len(told) == 1, output[-4000:]
     assert checkpoints(run, output_dir)[-1] == f"checkpoint-{told[0]}"
     assert len(figures(run, output_dir)) == int(told[0])

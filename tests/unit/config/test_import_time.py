@@ -1,23 +1,24 @@
+"""`import vlm_dist.config` stays light: it is what a login node and `vlm-dist --help` wait for.
+
+Not a timed test, which would fail on a busy machine: what costs time is what is imported (0.13 s with the modules of
+today).
+"""
+
 import subprocess
 import sys
-import time
+
+import pytest
 
 from tests.unit.config.conftest import REPOSITORY
 
-_PROBE = """
-import sys, vlm_dist.config
-print(*{"torch", "transformers", "deepspeed", "peft", "numpy"} & set(sys.modules))
-"""
+HEAVY = {"torch", "transformers", "deepspeed", "peft", "numpy", "datasets", "pyarrow", "PIL", "rich", "wandb"}
+MAX_MODULES = 400  # 290 today, the interpreter's own included
 
 
-def test_import_is_fast_and_names_no_torch() -> None:
-    def once() -> float:
-        start = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, "-c", _PROBE], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        )
-        assert result.stdout.strip() == ""
-        return time.perf_counter() - start
-
-    best = min(once() for _ in range(5))  # the machine may be busy: the best of five is what it costs
-    assert best < 0.3, f"import vlm_dist.config took {best:.2f} s, interpreter included"
+@pytest.mark.parametrize("module", ["vlm_dist.config", "vlm_dist.cli", "launcher.deepspeed_cli"])
+def test_import_is_light(module: str) -> None:
+    probe = f"import sys, {module}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", probe], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    imported = result.stdout.split()
+    assert {name.split(".")[0] for name in imported} & HEAVY == set()
+    assert len(imported) < MAX_MODULES, len(imported)
