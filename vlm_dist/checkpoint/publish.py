@@ -36,6 +36,8 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
         fresh.mkdir()
         write(fresh)
         for path in fresh.iterdir():
+            # safetensors makes its files readable by their owner alone; a team shares its checkpoints as the umask says
+            path.chmod(fresh.stat().st_mode & 0o666)
             _fsync(path)
         _fsync(fresh)
         if target.exists():

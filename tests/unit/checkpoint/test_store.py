@@ -76,6 +76,15 @@ def test_equal_states_write_equal_bytes(tmp_path: Path) -> None:
     assert all((paths[0] / name).read_bytes() == (paths[1] / name).read_bytes() for name in names(paths[0]))
 
 
+def test_a_team_can_read_what_the_umask_lets_it(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save(CheckpointStore(tmp_path), 7)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o640"}
+
+
 def test_weights_outside_the_adapter_have_a_file_of_their_own(tmp_path: Path) -> None:
     adapter = AdapterExport(ADAPTER.config, ADAPTER.tensors, {"model.visual.weight": torch.ones(2)})
     path = CheckpointStore(tmp_path).save_adapter(adapter)
