@@ -6,10 +6,13 @@ python -m vlm_dist.train --config configs/run.yaml --set train.learning_rate=1e-
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from vlm_dist.errors import VlmDistError
 
@@ -77,5 +80,25 @@ def tell(error: VlmDistError) -> None:
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, whatever threads torch has left behind.
+
+    Taking the interpreter apart would kill a thread of gloo that asks for the GIL meanwhile, and with it, now and then,
+    the process: "terminate called without an active exception", and SIGABRT in the place of our exit code.
+    """
+    frame = sys._getframe()
+    while frame.f_code.co_filename in (__file__, "<frozen runpy>"):  # what `python -m` has on its stack
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    else:
+        sys.exit(code)  # a debugger or a profiler runs us, and has the last word
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -485,12 +485,15 @@ def test_the_tools_work(run: TinyRun) -> None:
     (run.directory / "resolved.yaml").write_text(resolved.stdout)
     again = run.command([tool, "config", "resolved.yaml"])
     assert again.stdout == resolved.stdout  # a resolved configuration is a run file too
-    plan = run.command([tool, "plan", "configs/tiny.yaml", "--step", "1", "--world-size", "2"])
-    assert plan.exit_code == 0, plan.output
-    slots = [json.loads(line) for line in plan.stdout.splitlines()]
-    assert len(slots) == 2 * 2 * 2  # the global batch of two ranks
-    assert {slot["rank"] for slot in slots} == {0, 1}
-    assert all(slot["shard"].endswith(".tar") and slot["key"] for slot in slots)
+    # the checkpoint's global batch on two ranks, and that of a new run on two ranks
+    for output_dir, num_samples in (("run", 4), ("runs/new", 8)):
+        arguments = ["plan", "configs/tiny.yaml", "--step", "1", "--world-size", "2"]
+        plan = run.command([tool, *arguments, "--set", f"train.output_dir={output_dir}"])
+        assert plan.exit_code == 0, plan.output
+        slots = [json.loads(line) for line in plan.stdout.splitlines()]
+        assert len(slots) == num_samples
+        assert {slot["rank"] for slot in slots} == {0, 1}
+        assert all(slot["shard"].endswith(".tar") and slot["key"] for slot in slots)
     doctor = run.command([tool, "doctor"])
     assert doctor.exit_code == 0, doctor.output
     assert re.search(r"^torch \d", doctor.stdout, re.MULTILINE)
