@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef, Source
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
@@ -82,6 +83,7 @@ class Evaluator:
         max_new_tokens: length limit of an answer, in tokens.
         predictions_dir: where rank 0 writes `step-<position>.jsonl`; None: nowhere.
         ignore_index: the label of tokens without loss.
+        quarantine: where samples that could not be used are written down.
 
     Raises:
         ModelError: answers are wanted from a model that cannot generate.
@@ -101,6 +103,7 @@ class Evaluator:
         max_new_tokens: int = 32,
         predictions_dir: Path | None = None,
         ignore_index: int = IGNORE_INDEX,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._engine = engine
         self._ranks = ranks
@@ -111,6 +114,7 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._predictions_dir = predictions_dir
         self._ignore_index = ignore_index
+        self._quarantine = quarantine
         settings = PlanSettings(
             global_batch_size=per_device_eval_batch_size * ranks.world_size,
             micro_batch_size=per_device_eval_batch_size,
@@ -139,7 +143,7 @@ class Evaluator:
         predictions: list[Prediction] = []
         with undisturbed(self._engine.module), torch.no_grad():
             for number, name in enumerate(self._names):
-                tally = self._ranks_tally(self._measure_loss(number))
+                tally = self._ranks_tally(self._measure_loss(number, position))
                 # every held-out sample exactly once, whatever the number of ranks
                 assert tally.num_samples + tally.num_skipped == self._plans[number].num_epoch_samples
                 targets = tally.num_target_tokens
@@ -158,7 +162,7 @@ class Evaluator:
             self._write(position, predictions)
         return metrics
 
-    def _measure_loss(self, number: int) -> _Tally:
+    def _measure_loss(self, number: int, position: int) -> _Tally:
         tally = _Tally()
         sums: list[tuple[int, Tensor]] = []
         for batch in self._micro_batches(number, self._pool):
@@ -168,6 +172,8 @@ class Evaluator:
             tally.num_target_tokens += batch.num_target_tokens
             tally.num_samples += batch.num_samples
             tally.num_skipped += sum(slot.null_class != "tail" for slot in batch.null_slots)
+            if self._quarantine is not None:
+                self._quarantine.record(position, [slot for slot in batch.null_slots if slot.origin is not None])
         tally.losses = [(order, float(value)) for order, value in sums]
         return tally
 

@@ -53,9 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         from vlm_dist.config import load_run
 
         config = load_run(options.config, options.overrides)
-        from vlm_dist.build import (
-            train,
-        )  # torch, transformers and DeepSpeed come in here, after the config is known to be good
+        # torch, transformers and DeepSpeed come in here, when the config is known to be good
+        from vlm_dist.build import train
 
         return int(train(config))
     except VlmDistError as error:

@@ -61,6 +61,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seems_whole(path: Path) -> bool:
+    """Whether a checkpoint is complete and its files have their sizes; reads no tensors, as `Checkpoint.open` does."""
+    try:
+        info = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
+        sizes = {name: facts["bytes"] for name, facts in info["files"].items()}
+        return (path / COMPLETE).is_file() and all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint.

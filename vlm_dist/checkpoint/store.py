@@ -135,7 +135,7 @@ class CheckpointStore:
         """Delete complete checkpoints beyond the limit, oldest first; incomplete ones are left to the user."""
         if self._limit is None:
             return
-        complete = [path for _, path in layout.list_checkpoints(self.output_dir) if (path / layout.COMPLETE).is_file()]
+        complete = [path for _, path in layout.list_checkpoints(self.output_dir) if layout.seems_whole(path)]
         for path in complete[self._limit :]:
             try:
                 remove_directory(path)

@@ -145,9 +145,7 @@ class MessageBuilder:
         return conversation
 
     def _read_media(self, fields: Mapping[str, Any]) -> dict[str, list[Media]]:
-        absent = [column for column in self._media_columns.values() if column not in fields]
-        if absent and len(absent) == len(self._media_columns):
-            raise SkipSample("bad_sample", f"the sample has no {' and no '.join(map(repr, absent))}")
+        # Absent is the same as null: a tar cannot say null, and a sample without media is a sample of text.
         return {kind: _as_media(fields.get(column), column) for kind, column in self._media_columns.items()}
 
 

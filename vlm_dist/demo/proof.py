@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ MAX_NEW_TOKENS = 6
 
 #: The command that loads the adapter, for the demo's last line.
 LOAD_COMMAND = (
-    'python -c "from transformers import Qwen2VLForConditionalGeneration as Base; from peft import PeftModel; '
+    '{python} -c "from transformers import Qwen2VLForConditionalGeneration as Base; from peft import PeftModel; '
     "model = PeftModel.from_pretrained(Base.from_pretrained('{base}', dtype='auto'), '{adapter}'); "
     'print(model.active_peft_config)"'
 )
@@ -118,6 +119,12 @@ def read_pictures(model: Any, processor: Any, split: DigitSplit) -> list[str]:
     return answers
 
 
+def _interpreter() -> str:
+    """This Python, short where it lies below the working directory: its environment need not be activated."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def format_table(record: RunRecord, proof: AdapterProof, base: Path, num_heldout: Mapping[str, int]) -> str:
     """The demo's last lines."""
     lines = [f"{'exact match':<12}{'base':>8}{'tuned':>8}{'held-out':>10}"]
@@ -130,6 +137,6 @@ def format_table(record: RunRecord, proof: AdapterProof, base: Path, num_heldout
         f"adapter     {proof.path}: {proof.file_bytes:,} bytes; its {proof.num_parameters:,} trainable parameters are "
         f"{proof.parameter_bytes:,} bytes (x {ratio:.2f})",
         f"with PEFT   {proof.images_exact_match:.3f} of the held-out images, loaded without the trainer:",
-        LOAD_COMMAND.format(base=base, adapter=proof.path),
+        LOAD_COMMAND.format(python=_interpreter(), base=base, adapter=proof.path),
     ]
     return "\n".join(lines)

@@ -123,6 +123,14 @@ def init_process_groups(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT
     return Ranks(topology, control, agreement)
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank left or did not answer in time.
+
+    NCCL's and the store's errors have types of their own; gloo's are plain, but name their source file.
+    """
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def shut_down() -> None:
     """End the process groups; harmless where there are none."""
     if dist.is_initialized():

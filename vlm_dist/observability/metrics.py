@@ -29,6 +29,8 @@ class StepMetrics:
         step_seconds: mean wall-clock time of a step; evaluation and checkpoints are not in it.
         num_window_steps: steps in the window.
         num_target_tokens: tokens with loss in the window.
+        num_reduced: samples of the window whose images or clips were made smaller to fit max_length.
+        num_cut: samples of the window whose text was cut at max_length.
         null_slots: slots of the window without a sample, by class.
         host_memory_bytes: resident memory of rank 0's process and its workers, now.
         device_memory_bytes: most memory of rank 0's device that tensors had in the window; None without CUDA.
@@ -47,6 +49,8 @@ class StepMetrics:
     step_seconds: float
     num_window_steps: int
     num_target_tokens: int
+    num_reduced: int = 0
+    num_cut: int = 0
     null_slots: Mapping[str, int] = field(default_factory=dict)
     host_memory_bytes: int = 0
     device_memory_bytes: int | None = None
@@ -75,6 +79,9 @@ def describe_step(metrics: StepMetrics) -> str:
     ]
     if metrics.device_memory_bytes is not None:
         parts.append(f"device {metrics.device_memory_bytes / GIBIBYTE:.1f} GiB")
+    fitted = {"reduced": metrics.num_reduced, "cut": metrics.num_cut}
+    if any(fitted.values()):
+        parts.append("to fit max_length " + " ".join(f"{name}={count}" for name, count in fitted.items() if count))
     null_slots = {name: count for name, count in metrics.null_slots.items() if count}
     if null_slots:
         parts.append("null slots " + " ".join(f"{name}={count}" for name, count in null_slots.items()))

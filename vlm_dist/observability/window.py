@@ -100,6 +100,8 @@ class MetricWindow:
             step_seconds=self._seconds / max(self._num_steps, 1),
             num_window_steps=self._num_steps,
             num_target_tokens=num_targets,
+            num_reduced=self._totals.get("num_reduced", 0),
+            num_cut=self._totals.get("num_cut", 0),
             null_slots={
                 name.removeprefix(NULL_PREFIX): count
                 for name, count in self._totals.items()

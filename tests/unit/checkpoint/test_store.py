@@ -124,6 +124,16 @@ def test_the_newest_whole_one_is_found(tmp_path: Path, damage: Any, reason: str)
         store.load(newest)
 
 
+def test_a_damaged_one_does_not_push_a_whole_one_out(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, save_total_limit=2)
+    for step in (3, 4):
+        save(store, step)
+    damaged = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    save(store, 6)
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-4", "checkpoint-6"]
+
+
 def test_nothing_to_find(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none").latest() is None
     (tmp_path / "checkpoint-x").mkdir()

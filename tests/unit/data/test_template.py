@@ -74,6 +74,12 @@ def test_a_placeholder_of_its_own_is_not_taken_over():
     assert parts(both.build({"image": b"i", "answer": "a"})) == ["q", "<image>", "a"]
 
 
+@pytest.mark.parametrize("media", [{}, {"image": None}])
+def test_a_sample_without_media_is_a_sample_of_text(media):
+    conversation = builder(IMAGE).build({"question": "q", "answer": "a", **media})
+    assert (parts(conversation), conversation.images) == (["Answer briefly.", "q", "a"], [])
+
+
 def test_both_kinds_at_one_placeholder():
     made = builder(BOTH)
     conversation = made.build({"image": b"i", "video": b"v", "question": "q", "answer": "a"})
@@ -90,7 +96,6 @@ def test_a_kind_that_nothing_shows_is_an_error_of_the_config():
     [
         ({"image": b"i", "question": None, "answer": "a"}, "'question' is null"),
         ({"image": b"i", "answer": "a"}, "no 'question'"),
-        ({"question": "q", "answer": "a"}, "no 'image'"),
         ({"image": "somewhere.jpg", "question": "q", "answer": "a"}, "'image' has str 'somewhere.jpg'"),
         ({"image": b"i", "question": {"a": 1}, "answer": "a"}, "'question' is dict"),
     ],
