@@ -133,7 +133,7 @@ class Trainer:
         """
         if self.cadence.eval_on_start and self.position == 0:
             self._evaluate()
-        for fetched in self.feed:
+        for fetched in self.feed if self.position < self.cadence.last_step else ():
             if fetched.verdict.ranks_with("fetch_error"):
                 self._save()
                 raise self._fetch_failure(fetched)
@@ -143,10 +143,10 @@ class Trainer:
             outcome = self._train_step(fetched)
             self.position = fetched.plan.step + 1
             self._report(fetched.plan, outcome)
+            if self.cadence.due(self.position, self.cadence.save_steps):
+                self._save()  # first: an evaluation can outlast the grace period of a job that is asked to stop
             if self.cadence.due(self.position, self.cadence.eval_steps):
                 self._evaluate()
-            if self.cadence.due(self.position, self.cadence.save_steps):
-                self._save()
             if self.position >= self.cadence.last_step:
                 break
         self._save()
@@ -160,16 +160,17 @@ class Trainer:
     def _train_step(self, fetched: FeedStep) -> StepOutcome | None:
         """One optimizer update; None where no rank has a target token, so that there is nothing to learn."""
         totals = fetched.verdict.total
-        loss_sum = torch.zeros((), dtype=torch.float32)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.engine.device)
         outcome = None
         if totals["num_target_tokens"]:
             self._has_targets = True
             for micro_batch in fetched.micro_batches:
                 seed_micro_batch(self.seed, micro_batch.job.step, micro_batch.job.micro_batch)
+                labels = micro_batch.labels.to(self.engine.device, non_blocking=True)
                 logits = self.engine.forward(micro_batch.inputs)
-                micro_loss = token_loss_sum(logits, micro_batch.labels.to(logits.device), self.ignore_index)
+                micro_loss = token_loss_sum(logits, labels, self.ignore_index)
                 self.engine.backward(micro_loss, totals["num_target_tokens"])
-                loss_sum = loss_sum.to(micro_loss.device) + micro_loss.detach()
+                loss_sum += micro_loss.detach()
             outcome = self.engine.step()
             if not outcome.applied:
                 self.log.message(f"step {fetched.plan.step + 1}: the gradient is not finite, nothing was updated")

@@ -22,6 +22,8 @@ FIELDS = ("stop", "fetch_error", "num_target_tokens", "num_samples", "num_tokens
 class Engine:
     """Counts calls; its logits depend on one parameter, so that backward works."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.num_targets: list[int] = []
@@ -150,6 +152,13 @@ def test_stop_at_step_ends_there_and_keeps_the_schedule(ranks: Any) -> None:
     trainer, engine, log, saved = make(ranks, feed(0, 10), stop_at_step=5, logging_steps=4)
     assert trainer.run() is Ending.STOPPED_AT
     assert (saved, engine.calls.count("step"), log.steps) == ([5], 5, [4, 5])
+
+
+@pytest.mark.parametrize("start", [5, 8])
+def test_a_run_that_is_at_its_stop_already_does_nothing(ranks: Any, start: int) -> None:
+    trainer, engine, _, saved = make(ranks, feed(start, 10), start=start, stop_at_step=5)
+    assert trainer.run() is Ending.STOPPED_AT
+    assert (saved, engine.calls, trainer.position) == ([], [], start)
 
 
 def test_a_failed_fetch_saves_and_tells_which_rank_and_step(ranks: Any) -> None:

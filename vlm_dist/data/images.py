@@ -17,6 +17,9 @@ ResizeMode = Literal["keep_aspect", "crop", "stretch"]
 #: A picture above this is an error of the data, or an attack: 179 million pixels are half a gigabyte of RGB.
 MAX_IMAGE_PIXELS = 178_956_970
 
+#: Raster formats alone: Pillow would also hand EPS to Ghostscript, a program, with bytes that nobody vouches for.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
+
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -42,7 +45,7 @@ def decode_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and of odd EXIF; we decide below
-            with Image.open(stream) as opened:
+            with Image.open(stream, formats=_FORMATS) as opened:
                 _check_pixels(opened.size)
                 if opened.format == "JPEG" and max_size is not None and resize_mode == "keep_aspect":
                     # decoding at a half, quarter or eighth of the size is several times faster; never below max_size

@@ -34,6 +34,7 @@ class Quarantine:
         self.counts: Counter[str] = Counter()
         self._rank = rank
         self._stream: IO[str] | None = None
+        self._is_failed = False
 
     def record(self, step: int, null_slots: Sequence[NullSlot]) -> None:
         """Write down the null slots of one step."""
@@ -70,11 +71,18 @@ class Quarantine:
         self.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._stream is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("a", encoding="utf-8")
-        self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._stream.flush()
+        """Append a line; a disk that fails costs the record, not the run: this rank's peers would wait for it."""
+        if self._is_failed:
+            return
+        try:
+            if self._stream is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._stream = self.path.open("a", encoding="utf-8")
+            self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            self._is_failed = True
+            log.warning("%s cannot be written (%s); skipped samples are counted, but no longer named", self.path, error)
 
 
 def read_quarantine(output_dir: str | Path) -> list[dict[str, Any]]:

@@ -73,6 +73,7 @@ class WorkerPool:
         materialise: what a worker does; sent to every worker once, so picklable.
         num_workers: 0 does the work in the calling process, when a result is asked for.
         job_timeout_seconds: a worker that takes longer hangs (some broken videos do that to decoders) and is replaced.
+            All attempts together must be shorter than the collectives' time-out, or the other ranks give up first.
         pin_memory: put results into page-locked memory, from which a GPU copies while the CPU goes on; needs a GPU.
     """
 
@@ -81,7 +82,7 @@ class WorkerPool:
         materialise: Materialise,
         num_workers: int,
         *,
-        job_timeout_seconds: float = 600.0,
+        job_timeout_seconds: float = 240.0,
         pin_memory: bool = False,
     ) -> None:
         self.num_workers = num_workers

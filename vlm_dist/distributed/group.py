@@ -99,12 +99,14 @@ def init_process_groups(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT
     )
     device_id = None
     backend = "gloo"
-    if torch.cuda.is_available():
+    # DeepSpeed's own variable: it would run on the CPU while NCCL waits for GPUs
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         num_devices = torch.cuda.device_count()
         if topology.local_world_size > num_devices:
             raise DistributedError(
                 f"{topology.local_world_size} processes were started on this node, which has {num_devices} GPU(s); "
-                f"start at most {num_devices} (deepspeed --num_gpus {num_devices}, or --gpus-per-node for sbatch)"
+                f"start at most {num_devices} (deepspeed --num_gpus {num_devices}; for sbatch --gpus-per-node, "
+                "since --gpus-per-task shows each task one GPU alone)"
             )
         device_id = torch.device("cuda", topology.local_rank)
         torch.cuda.set_device(device_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -74,6 +75,10 @@ class ConsoleLog:
 
     def print(self, text: str) -> None:
         """Print lines above the bar."""
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; training goes on to its checkpoint
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         if self._console is not None:
             self._console.print(text, soft_wrap=True)
             return

@@ -1,0 +1,52 @@
+"""What may differ between a checkpoint's configuration and the run that continues it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import make_tiny_run
+from vlm_dist.build.continuation import check_config
+from vlm_dist.checkpoint import Checkpoint
+from vlm_dist.config import load_run
+from vlm_dist.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_run(tmp_path_factory.mktemp("continued"), num_images=2, num_clips=1).config
+
+
+def continued(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[str]:
+    monkeypatch.chdir(run_file.parent.parent)
+    load_run(run_file).write(tmp_path / "resolved_config.yaml")
+    return check_config(load_run(run_file, overrides), Checkpoint(tmp_path, 3, {}))
+
+
+def test_the_same_configuration_has_no_notice(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = (
+        "train.output_dir=elsewhere",
+        "train.resume=auto",
+        "train.stop_at_step=4",
+        "deepspeed=ds_configs/tiny3.json",
+    )
+    assert continued(run_file, tmp_path, monkeypatch, *places) == []
+
+
+def test_what_may_change_is_told(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = ("train.learning_rate=0.5", "collator.label_masking.mask_input_tokens=false", "peft.lora_dropout=0.2")
+    assert continued(run_file, tmp_path, monkeypatch, *changed) == [
+        "collator.label_masking.mask_input_tokens: True in the checkpoint, now False",
+        "peft.lora_dropout: 0.05 in the checkpoint, now 0.2",
+        "train.learning_rate: 0.001 in the checkpoint, now 0.5",
+    ]
+
+
+def test_another_adapter_is_refused_with_all_that_differs(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError) as error:
+        continued(run_file, tmp_path, monkeypatch, "peft.lora_alpha=32", "peft.towers.vision=freeze")
+    assert "peft.lora_alpha: 16 in the checkpoint, now 32" in str(error.value)
+    assert "peft.towers.vision: 'lora' in the checkpoint, now 'freeze'" in str(error.value)
