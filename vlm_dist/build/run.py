@@ -1,0 +1,251 @@
+"""One run from its configuration to its end: the parts are built, the loop is run, everything is taken apart again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_dist.build.continuation import check_config, check_end, fit_batch, prepare_output_dir, run_facts
+from vlm_dist.build.data import make_cadence, make_materialisers, make_plan, make_processor, open_sources
+from vlm_dist.checkpoint import (
+    CheckpointStore,
+    choose_checkpoint,
+    restore_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
+from vlm_dist.config import RunConfig
+from vlm_dist.data.feed import FEED_FIELDS, StepFeed
+from vlm_dist.data.purposes import PurposePool
+from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.types import Source
+from vlm_dist.data.workers import WorkerPool
+from vlm_dist.distributed.agreement import StepAgreement
+from vlm_dist.distributed.environment import resolve_topology
+from vlm_dist.distributed.failures import agree_on_failure
+from vlm_dist.distributed.group import Ranks, init_process_groups, is_lost_peer, shut_down
+from vlm_dist.distributed.signals import StopRequest
+from vlm_dist.engine import Engine, load_deepspeed_json, merge_deepspeed_config, prepare_deepspeed, zero_init_context
+from vlm_dist.errors import DistributedError, ExitCode
+from vlm_dist.evaluate import Evaluator
+from vlm_dist.model import (
+    attach_adapter,
+    enable_gradient_checkpointing,
+    format_tower_table,
+    load_model,
+    tower_table,
+)
+from vlm_dist.observability.log import MetricLog
+from vlm_dist.observability.logging_setup import configure_logging
+from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
+from vlm_dist.trainer import Ending, Trainer
+
+
+def train(config: RunConfig) -> ExitCode:
+    """Run a configuration to its end, on whatever processes there are. Every rank calls this.
+
+    Raises:
+        VlmDistError: with one clear message, after all ranks have left together.
+    """
+    topology = resolve_topology(os.environ)
+    prepare_deepspeed()
+    configure_logging(topology.rank, topology.world_size)
+    stop = StopRequest()
+    stop.install()
+    ranks = init_process_groups(topology)
+    try:
+        with run_parts(config, ranks, stop) as parts:
+            ending = parts.trainer.run()
+            parts.tell_ending(ending)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise DistributedError(
+            f"another rank is gone (its own message is above, or on its node): {str(error).splitlines()[0]}. "
+            "Continue from the newest checkpoint with train.resume=auto"
+        ) from error
+    shut_down()
+    return ExitCode.PREEMPTED if ending is Ending.PREEMPTED else ExitCode.DONE
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What is left to do when the loop has ended."""
+
+    trainer: Trainer
+    log: MetricLog
+    publish_adapter: Callable[[], Any]
+
+    def tell_ending(self, ending: Ending) -> None:
+        """Say how it ended; publish the adapter of a complete run. Collective: every rank calls this."""
+        position, total = self.trainer.position, self.trainer.cadence.num_steps
+        if ending is Ending.COMPLETE:
+            self.log.message(f"done: {total} steps; adapter: {self.publish_adapter()}")
+        else:
+            self.log.message(f"{ending.value} at step {position} of {total}; continue with --set train.resume=auto")
+        self.trainer.ranks.barrier()  # nobody takes the engine apart while another still needs a collective
+
+
+@contextmanager
+def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[RunParts]:
+    """Build all parts of a run, and take them apart again in the reverse order. Collective: every rank calls this."""
+    train_config = config.train
+    with ExitStack() as stack:
+        log = MetricLog(
+            train_config.output_dir,
+            rank=ranks.rank,
+            report_to=train_config.report_to,
+            run_name=train_config.run_name or train_config.output_dir.resolve().name,
+            config=config.dump(),
+            wandb_project=train_config.wandb_project,
+        )
+        store = CheckpointStore(train_config.output_dir, train_config.save_total_limit, report=log.message)
+        prepare_output_dir(config, store, ranks)
+        checkpoint = choose_checkpoint(store, ranks, train_config.resume)
+        for notice in config.notices:
+            log.message(f"notice: {notice}")
+
+        # Data: sources, then the plan, which is all that decides what is trained on.
+        with agree_on_failure(ranks):
+            ds_json = load_deepspeed_json(config.deepspeed)
+            batch = fit_batch(config, ranks, checkpoint)
+        train_sources = open_sources(config, "train", ranks)
+        eval_sources = open_sources(config, "eval", ranks)
+        differences: list[str] = []
+        with agree_on_failure(ranks):
+            plan = make_plan(config, train_sources, batch)
+            if checkpoint is not None:
+                plan.check_state(checkpoint.info["plan"])
+                check_end(checkpoint, plan)
+                differences = check_config(config, checkpoint) if ranks.is_main else []
+            cadence = make_cadence(config, plan.num_steps)
+            processor, family = make_processor(config)
+            materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
+            if ranks.is_main:  # only now: a run that is refused leaves that of the run before it alone
+                config.write(train_config.output_dir / "resolved_config.yaml")
+        start = checkpoint.step if checkpoint is not None else 0
+        log.message(f"{batch}; {plan.steps_per_epoch} steps per epoch, {plan.num_steps} steps in all")
+
+        # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone.
+        merge = _ds_merger(config, ds_json, ranks)
+        with zero_init_context(merge(None)[0]):
+            model = load_model(
+                config.model_id,
+                config.model_entry,
+                config.model.loading_for(config.model_id),
+                dtype=train_config.precision,
+            )
+            model = attach_adapter(model, config.peft, config.peft.towers.model_dump(), seed=train_config.seed)
+        if train_config.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        table = tower_table(model, config.peft.towers.model_dump())
+        log.message(format_tower_table(table))
+        ds_config, derived = merge(table[-1].num_trainable)
+        for value in derived:
+            log.message(f"derived: {value}")
+        engine = Engine.initialise(
+            model,
+            lambda groups: make_optimizer(train_config, groups),
+            parameter_groups(model, train_config.weight_decay),
+            make_lr_schedule(train_config, plan.num_steps),
+            ds_config,
+            control_group=ranks.control,
+        )
+        stack.callback(engine.close)
+        if checkpoint is not None:
+            restore_checkpoint(checkpoint, engine, ranks)
+            log.message(f"resumed from {checkpoint.path} at step {start} of {plan.num_steps}")
+            for change in differences:
+                log.message(f"notice: {change}")
+
+        # The loop's own parts; whatever has processes or files is closed with the stack.
+        quarantine = stack.enter_context(Quarantine(train_config.output_dir, ranks.rank))
+        has_gpu = engine.device.type == "cuda"
+        if train_config.dataloader_pin_memory and not has_gpu:
+            log.message("notice: train.dataloader_pin_memory: true has no effect without a GPU")
+        pool = WorkerPool(
+            materialise,
+            train_config.dataloader_num_workers,
+            pin_memory=train_config.dataloader_pin_memory and has_gpu,
+        )
+        stack.callback(pool.close)
+        feed = StepFeed(
+            plan,
+            pool,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            agreement=StepAgreement(FEED_FIELDS, ranks.agreement, ranks.world_size),
+            start_step=start,
+            prefetch_steps=train_config.dataloader_prefetch_factor,
+            stop_requested=lambda: bool(stop),
+            quarantine=quarantine,
+        )
+        stack.callback(feed.close)
+        log.start(start_step=start, num_steps=plan.num_steps)
+        stack.push(log)
+
+        facts = run_facts(config, batch, engine, ranks)
+        yield RunParts(
+            trainer=Trainer(
+                engine=engine,
+                feed=feed,
+                ranks=ranks,
+                cadence=cadence,
+                log=log,
+                save=lambda position: str(save_checkpoint(store, engine, ranks, position, facts(plan.state(position)))),
+                evaluator=make_evaluator(config, ranks, engine, eval_sources, pool, processor, quarantine),
+                seed=train_config.seed,
+                start=start,
+                ignore_index=config.collator.label_masking.ignore_index,
+            ),
+            log=log,
+            publish_adapter=lambda: save_adapter(store, engine, ranks),
+        )
+
+
+def _ds_merger(
+    config: RunConfig, ds_json: dict[str, Any], ranks: Ranks
+) -> Callable[[int | None], tuple[dict[str, Any], list[Any]]]:
+    """Merge DeepSpeed's config; the number of trainable parameters is known only when the model is loaded."""
+    num_nodes = max(1, ranks.world_size // ranks.topology.local_world_size)
+    return lambda num_trainable: merge_deepspeed_config(
+        ds_json,
+        per_device_train_batch_size=config.train.per_device_train_batch_size,
+        bf16=config.train.bf16,
+        fp16=config.train.fp16,
+        max_grad_norm=config.train.max_grad_norm,
+        world_size=ranks.world_size,
+        num_nodes=num_nodes,
+        num_trainable=num_trainable,
+    )
+
+
+def make_evaluator(
+    config: RunConfig,
+    ranks: Ranks,
+    engine: Engine,
+    sources: list[Source],
+    pool: WorkerPool,
+    processor: Any,
+    quarantine: Quarantine,
+) -> Evaluator | None:
+    """The held-out sources' evaluator; None where there are no such sources."""
+    if not sources:
+        return None
+    train_config = config.train
+    return Evaluator(
+        engine=engine,
+        ranks=ranks,
+        sources=sources,
+        pool=PurposePool(pool, "eval"),
+        per_device_eval_batch_size=train_config.per_device_eval_batch_size,
+        generation_pool=PurposePool(pool, "generate") if train_config.predict_with_generate else None,
+        tokenizer=getattr(processor, "tokenizer", processor),
+        max_new_tokens=train_config.generation_max_new_tokens,
+        predictions_dir=train_config.output_dir / "predictions",
+        ignore_index=config.collator.label_masking.ignore_index,
+        quarantine=quarantine,
+    )
