@@ -270,9 +270,9 @@ CASES = [
         changed("train.resume=auto", "train.max_steps=4", "peft.r=4"),
         ExitCode.CHECKPOINT,
         (
-            "the checkpoint does not fit the model",
-            "(8, 32) in the checkpoint, (4, 32) in the model",
-            "peft_config.yaml",
+            "is of another model or adapter",
+            "peft.r: 8 in the checkpoint, now 4",
+            "restore the values of the checkpoint",
         ),
     ),
     # Launchers
