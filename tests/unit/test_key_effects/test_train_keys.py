@@ -14,6 +14,8 @@ from torch import nn
 from tests.unit.test_key_effects.conftest import Project
 from tests.unit.test_key_effects.registry import shows
 from vlm_dist import build
+from vlm_dist.build import continuation
+from vlm_dist.build import run as build_run
 from vlm_dist.config.arithmetic import resolve_batch
 from vlm_dist.data.plan import Plan
 from vlm_dist.data.sources.open_files import OpenFiles
@@ -219,12 +221,12 @@ def test_resume_false_refuses_a_directory_with_checkpoints(project: Project, mon
     """That `auto` and a path continue is shown in a run."""
     from vlm_dist.errors import CheckpointError
 
-    monkeypatch.setattr(build, "agree_on_failure", lambda ranks: _Nothing())
+    monkeypatch.setattr(continuation, "agree_on_failure", lambda ranks: _Nothing())
     ranks: Any = SimpleNamespace(is_main=True)
     store: Any = SimpleNamespace(latest=lambda: object())
     changes = {"train.output_dir": str(project.data / "run")}
     with pytest.raises(CheckpointError, match=r"has checkpoints of an earlier run, and resume is false"):
-        build._prepare_output_dir(project.config(changes), store, ranks)
+        continuation.prepare_output_dir(project.config(changes), store, ranks)
 
 
 class _Nothing:
@@ -246,7 +248,7 @@ def test_a_run_has_its_name_or_that_of_its_directory(
     def tell(*_: object, run_name: str, **__: object) -> None:
         raise Told(run_name)
 
-    monkeypatch.setattr(build, "MetricLog", tell)
+    monkeypatch.setattr(build_run, "MetricLog", tell)
     config = project.config({"train.output_dir": "runs/vqa", "train.run_name": given})
     ranks: Any = SimpleNamespace(rank=0)
     with pytest.raises(Told, match=expected), build.run_parts(config, ranks, StopRequest()):
