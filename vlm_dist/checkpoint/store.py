@@ -27,7 +27,7 @@ class RunFacts:
         plan: state of the plan (`Plan.state(step)`).
         global_batch_size: samples per step; it belongs to the run, and wins on resume.
         resolved_config: YAML text of the whole configuration.
-        scheduler: what the learning rate schedule was made from, to be compared on resume.
+        scheduler: what the learning rate schedule was made from, for the reader; resume compares `resolved_config`.
         versions: library -> version.
         topology: ranks and ZeRO stage that wrote it; for the reader, they need not be the same on resume.
     """
