@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from vlm_dist.data.shard_writer import ShardWriter
+from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.demo.digits import encode_clip, encode_png
 from vlm_dist.demo.tiny_model import TinyShape, save_tiny_qwen2_vl
 from vlm_dist.distributed.group import free_port

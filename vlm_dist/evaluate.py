@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef, Source
 from vlm_dist.distributed.failures import agree_on_failure
@@ -38,7 +38,7 @@ _PREFETCH = 3
 
 
 class Pool(Protocol):
-    """Makes micro-batches; `vlm_dist.data.workers.WorkerPool` is one."""
+    """Makes micro-batches; `vlm_dist.data.workers.pool.WorkerPool` is one."""
 
     def submit(self, job: MicroBatchJob) -> Any:
         """Something whose `result()` is the job's `MicroBatch`."""

@@ -9,9 +9,9 @@ import torch
 from tests.ranks import Ranks, run_ranks
 from tests.unit.data.samples import MemorySource
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
-from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
-from vlm_dist.data.workers import WorkerPool
+from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.errors import DataError
 

@@ -24,7 +24,7 @@ from tests.tiny_run import SHAPE, TinyRun, make_tiny_run, write_configs
 from vlm_dist.build import make_materialisers, make_processor, open_sources_alone
 from vlm_dist.config import load_run
 from vlm_dist.data.quarantine import read_quarantine
-from vlm_dist.data.shard_writer import ShardWriter
+from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef
 from vlm_dist.demo.digits import encode_clip, encode_png
 from vlm_dist.demo.tiny_model import save_tiny_qwen2_vl

@@ -15,7 +15,7 @@ from vlm_dist.checkpoint import Checkpoint, CheckpointStore, RunFacts
 from vlm_dist.checkpoint.layout import RESOLVED_CONFIG
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch
-from vlm_dist.data.plan import Plan
+from vlm_dist.data.plan.plan import Plan
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine

@@ -7,7 +7,7 @@ from typing import Any
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_interval
 from vlm_dist.data.materialise import Materialiser
-from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.data.purposes import ByPurpose
 from vlm_dist.data.sources import open_source
 from vlm_dist.data.types import Source

@@ -22,7 +22,7 @@ from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.purposes import PurposePool
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import Source
-from vlm_dist.data.workers import WorkerPool
+from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.distributed.environment import resolve_topology
 from vlm_dist.distributed.failures import agree_on_failure

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlm_dist.data.plan import Plan
+from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import NULL_CLASSES, MicroBatch, MicroBatchJob, NullSlot, StepPlan
-from vlm_dist.data.workers import PoolClosedError, PoolJob, WorkerPool
+from vlm_dist.data.workers.pool import PoolClosedError, PoolJob, WorkerPool
 from vlm_dist.distributed.agreement import Pending, StepAgreement, Verdict
 from vlm_dist.errors import DataError, DistributedError
 

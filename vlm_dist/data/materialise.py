@@ -14,16 +14,22 @@ import torch
 from PIL import Image
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
-from vlm_dist.data.collate import Example, Padding, collate
-from vlm_dist.data.dummies import DummyRows
-from vlm_dist.data.encode import Encoded, Encoder, TextLength
-from vlm_dist.data.fit import Fitter, VisualCounter
-from vlm_dist.data.images import decode_image
-from vlm_dist.data.labels import RenderedText, Renderer, make_labels
-from vlm_dist.data.preconditions import check_columns, check_labels, choose_kinds, choose_pad_token, find_markers
-from vlm_dist.data.template import Media, MessageBuilder
+from vlm_dist.data.encoding.collate import Example, Padding, collate
+from vlm_dist.data.encoding.dummies import DummyRows
+from vlm_dist.data.encoding.encode import Encoded, Encoder, TextLength
+from vlm_dist.data.encoding.fit import Fitter, VisualCounter
+from vlm_dist.data.encoding.labels import RenderedText, Renderer, make_labels
+from vlm_dist.data.encoding.preconditions import (
+    check_columns,
+    check_labels,
+    choose_kinds,
+    choose_pad_token,
+    find_markers,
+)
+from vlm_dist.data.encoding.template import Media, MessageBuilder
+from vlm_dist.data.media.images import decode_image
+from vlm_dist.data.media.video import Clip, decode_video, repeat_last_frame
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, NullSlot, SampleOrigin, SampleRef, Source
-from vlm_dist.data.video import Clip, decode_video, repeat_last_frame
 from vlm_dist.errors import ModelError, SkipSample
 from vlm_dist.families import Family
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vlm_dist.data.shard_writer import ShardWriter
+from vlm_dist.data.shards.writer import ShardWriter
 
 IMAGE_QUESTION = "Which digit is this?"
 CLIP_QUESTION = "Which digits are shown, in order?"

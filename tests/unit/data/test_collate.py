@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_dist.data.collate import Example, Padding, collate
+from vlm_dist.data.encoding.collate import Example, Padding, collate
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.errors import DataError
 from vlm_dist.families import GENERIC

@@ -11,10 +11,10 @@ import torch
 from tests.unit.data.samples import MemorySource
 from vlm_dist.data import feed as feed_module
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
-from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import NULL_CLASSES, MicroBatch, NullSlot, SampleOrigin
-from vlm_dist.data.workers import WorkerPool
+from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement, Verdict
 from vlm_dist.errors import DataError, DistributedError
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.unit.data.samples import jpeg, noise, png
-from vlm_dist.data import images
-from vlm_dist.data.images import decode_image, resize_image
+from vlm_dist.data.media import images
+from vlm_dist.data.media.images import decode_image, resize_image
 from vlm_dist.errors import SkipSample
 
 

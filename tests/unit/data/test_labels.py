@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data.samples import collator
-from vlm_dist.data.encode import Encoder
-from vlm_dist.data.labels import Renderer, answer_tokens, make_labels
+from vlm_dist.data.encoding.encode import Encoder
+from vlm_dist.data.encoding.labels import Renderer, answer_tokens, make_labels
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.errors import SkipSample
 from vlm_dist.families import family_for

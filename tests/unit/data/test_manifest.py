@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from vlm_dist.data.manifest import Manifest, ShardEntry, read_manifest
+from vlm_dist.data.index.manifest import Manifest, ShardEntry, read_manifest
 from vlm_dist.errors import DataError
 
 ENTRY = ShardEntry("a.tar", 3, 100, "digest", ("jpg", "json"), ("answer",))

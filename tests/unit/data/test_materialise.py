@@ -87,7 +87,7 @@ def test_it_equals_the_processors_own_batch_call(processor):
         )
         for question, answer, num in asked
     ]
-    from vlm_dist.data.images import decode_image
+    from vlm_dist.data.media.images import decode_image
 
     image = decode_image(ROWS[IMAGE]["image"])
     expected = processor(text=texts, images=[image, image], padding=True, padding_side="right", return_tensors="pt")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_dist.data.order import (
+from vlm_dist.data.plan.order import (
     EpochOrder,
     PassOrder,
     SourceShape,

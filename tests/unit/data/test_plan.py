@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_dist.data.plan import Plan, PlanSettings
+from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.errors import CheckpointError, DataError
 
 

@@ -8,10 +8,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from vlm_dist.data.index import INDEX_SUFFIX, read_index
-from vlm_dist.data.manifest import read_manifest
-from vlm_dist.data.shard_writer import ShardWriter
-from vlm_dist.data.tar_scan import scan_tar
+from vlm_dist.data.index.manifest import read_manifest
+from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index
+from vlm_dist.data.index.tar_scan import scan_tar
+from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.errors import DataError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_dist.data.shard_writer import ShardWriter
+from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.sources import open_source
 from vlm_dist.data.sources.shards import expand_braces
 from vlm_dist.errors import DataError, SkipSample
@@ -112,7 +112,7 @@ def test_a_pickled_source_is_small_and_whole(shards):
 
 
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm_dist.data.sources.open_files._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("vlm_dist.data.storage.open_files._MAX_OPEN_FILES", 2)
     with ShardWriter(tmp_path, max_samples=1) as writer:
         for i in range(9):
             writer.write({"__key__": f"{i}", "txt": f"{i}"})
@@ -167,7 +167,7 @@ def test_a_storage_that_fails_for_a_moment_is_asked_again(shards, monkeypatch):
             raise failures.pop()
         return read(*arguments)
 
-    monkeypatch.setattr("vlm_dist.data.sources.open_files._BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr("vlm_dist.data.storage.open_files._BACKOFF_SECONDS", 0.0)
     monkeypatch.setattr(os, "pread", flaky)
     assert source.read(0).fields["question"] == "q0"
     failures = [OSError(5, "Input/output error")] * 9
@@ -209,5 +209,5 @@ def test_braces(pattern, expanded):
 
 
 def test_reading_tars_imports_no_torch():
-    code = "import sys, vlm_dist.data.sources.tar, vlm_dist.data.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, vlm_dist.data.sources.tar, vlm_dist.data.plan.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

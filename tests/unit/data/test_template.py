@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.data.samples import collator
-from vlm_dist.data.template import MessageBuilder
+from vlm_dist.data.encoding.template import MessageBuilder
 from vlm_dist.errors import ConfigError, SkipSample
 
 BOTH = frozenset({"image", "video"})

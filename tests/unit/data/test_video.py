@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.unit.data.samples import mp4
-from vlm_dist.data.video import decode_video, keep_frames, repeat_last_frame, sample_indices, scale_clip
+from vlm_dist.data.media.video import decode_video, keep_frames, repeat_last_frame, sample_indices, scale_clip
 from vlm_dist.errors import SkipSample
 
 

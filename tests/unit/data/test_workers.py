@@ -12,8 +12,8 @@ import torch
 from tests.unit.data.samples import MemorySource, collator, jpeg
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, SampleOrigin, SampleRef
-from vlm_dist.data.worker_process import pack, unpack
-from vlm_dist.data.workers import PoolClosedError, WorkerPool
+from vlm_dist.data.workers.pool import PoolClosedError, WorkerPool
+from vlm_dist.data.workers.process import pack, unpack
 from vlm_dist.errors import DataError
 from vlm_dist.families import family_for
 

@@ -20,7 +20,7 @@ import torch
 from vlm_dist.build import run_parts
 from vlm_dist.config import load_run
 from vlm_dist.data.types import MicroBatchJob
-from vlm_dist.data.workers import WorkerPool
+from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.environment import resolve_topology
 from vlm_dist.distributed.group import Ranks, init_process_groups, shut_down
 from vlm_dist.distributed.signals import StopRequest

@@ -17,10 +17,10 @@ from vlm_dist import build
 from vlm_dist.build import continuation
 from vlm_dist.build import run as build_run
 from vlm_dist.config.arithmetic import resolve_batch
-from vlm_dist.data.plan import Plan
-from vlm_dist.data.sources.open_files import OpenFiles
+from vlm_dist.data.plan.plan import Plan
+from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
-from vlm_dist.data.workers import WorkerPool
+from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.signals import StopRequest
 from vlm_dist.model import attach_adapter, load_model
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups

@@ -13,9 +13,9 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.facts import estimate_num_tokens
-from vlm_dist.data.index import INDEX_SUFFIX, SampleSpan, ShardIndex, build_index, keep_index, read_index
-from vlm_dist.data.manifest import Manifest, ShardEntry
+from vlm_dist.data.index.facts import estimate_num_tokens
+from vlm_dist.data.index.manifest import Manifest, ShardEntry
+from vlm_dist.data.index.shard_index import INDEX_SUFFIX, SampleSpan, ShardIndex, build_index, keep_index, read_index
 from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
 from vlm_dist.data.sources.media import MediaColumns, MediaRoot
 from vlm_dist.data.sources.shards import row_blocks
@@ -55,7 +55,7 @@ class ArrowSource:
         if not isinstance(dataset, datasets.Dataset):
             raise DataError(
                 f"{name}: a {type(dataset).__name__} cannot be read by row, so a run could not resume exactly; "
-                "write it into tar shards once, with vlm_dist.data.shard_writer.ShardWriter"
+                "write it into tar shards once, with vlm_dist.data.shards.writer.ShardWriter"
             )
         self.name = name
         if max_samples is not None and max_samples < len(dataset):

@@ -15,13 +15,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.facts import SampleFacts, estimate_num_tokens
-from vlm_dist.data.index import SampleSpan, ShardIndex, build_index, keep_index, read_index, sidecar_paths
-from vlm_dist.data.manifest import Manifest, ShardEntry
+from vlm_dist.data.index.facts import SampleFacts, estimate_num_tokens
+from vlm_dist.data.index.manifest import Manifest, ShardEntry
+from vlm_dist.data.index.shard_index import SampleSpan, ShardIndex, build_index, keep_index, read_index, sidecar_paths
 from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
 from vlm_dist.data.sources.media import MediaColumns, MediaRoot
-from vlm_dist.data.sources.open_files import OpenFiles
 from vlm_dist.data.sources.shards import find_files, limited_sizes, row_blocks
+from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import RawSample, SampleOrigin
 from vlm_dist.errors import DataError, SkipSample
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.facts import SampleFacts, media_kind, text_bytes
-from vlm_dist.data.sources.open_files import with_retries
+from vlm_dist.data.index.facts import SampleFacts, media_kind, text_bytes
+from vlm_dist.data.storage.open_files import with_retries
 from vlm_dist.errors import DataError, SkipSample
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class MediaRoot:
         if "://" in value:
             raise DataError(
                 f"{self._where}: {value!r} is a URL; training reads local files only. Fetch the media first, "
-                "into files under media_root or into tar shards (vlm_dist.data.shard_writer.ShardWriter)"
+                "into files under media_root or into tar shards (vlm_dist.data.shards.writer.ShardWriter)"
             )
         if self._real is None:
             raise DataError(

@@ -15,13 +15,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.facts import FACTS_DTYPE, estimate_num_tokens, member_kind
-from vlm_dist.data.index import TAR_BLOCK_BYTES, ShardIndex, sidecar_paths
-from vlm_dist.data.manifest import Manifest, ShardEntry, read_manifest
+from vlm_dist.data.index.facts import FACTS_DTYPE, estimate_num_tokens, member_kind
+from vlm_dist.data.index.manifest import Manifest, ShardEntry, read_manifest
+from vlm_dist.data.index.shard_index import TAR_BLOCK_BYTES, ShardIndex, sidecar_paths
+from vlm_dist.data.index.tar_scan import load_or_scan
 from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
-from vlm_dist.data.sources.open_files import OpenFiles
 from vlm_dist.data.sources.shards import find_files, limited_sizes
-from vlm_dist.data.tar_scan import load_or_scan
+from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import RawSample, SampleOrigin
 from vlm_dist.errors import DataError, SkipSample
 

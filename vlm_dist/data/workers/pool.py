@@ -22,7 +22,7 @@ from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
-from vlm_dist.data.worker_process import READY, Materialise, run_worker, unpack
+from vlm_dist.data.workers.process import READY, Materialise, run_worker, unpack
 from vlm_dist.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from PIL import Image
 
-from vlm_dist.data.collate import Example
-from vlm_dist.data.encode import Encoded, Encoder
-from vlm_dist.data.labels import RenderedText
+from vlm_dist.data.encoding.collate import Example
+from vlm_dist.data.encoding.encode import Encoded, Encoder
+from vlm_dist.data.encoding.labels import RenderedText
+from vlm_dist.data.media.video import blank_clip
 from vlm_dist.data.types import IGNORE_INDEX
-from vlm_dist.data.video import blank_clip
 from vlm_dist.errors import ModelError, SkipSample
 from vlm_dist.families import Family
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.order import (
+from vlm_dist.data.plan.order import (
     ORDER_VERSION,
     EpochOrder,
     Samples,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlm_dist.data.images import scaled_size
+from vlm_dist.data.media.images import scaled_size
 from vlm_dist.errors import DataError, SkipSample
 
 

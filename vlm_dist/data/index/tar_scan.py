@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, cast
 
-from vlm_dist.data.facts import SampleFacts, member_kind
-from vlm_dist.data.index import (
+from vlm_dist.data.index.facts import SampleFacts, member_kind
+from vlm_dist.data.index.shard_index import (
     TAR_BLOCK_BYTES,
     SampleSpan,
     ShardIndex,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlm_dist.data.mp4_header import read_mp4_header
+from vlm_dist.data.index.mp4_header import read_mp4_header
 
 #: One row per sample. 0 means "none of that kind" or "unknown"; `num_images` and `num_videos` tell which.
 FACTS_DTYPE = np.dtype(

@@ -7,10 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_dist.data.encode import Encoder
-from vlm_dist.data.images import scale_image, scaled_size
-from vlm_dist.data.labels import RenderedText
-from vlm_dist.data.video import Clip, blank_clip, keep_frames, scale_clip
+from vlm_dist.data.encoding.encode import Encoder
+from vlm_dist.data.encoding.labels import RenderedText
+from vlm_dist.data.media.images import scale_image, scaled_size
+from vlm_dist.data.media.video import Clip, blank_clip, keep_frames, scale_clip
 from vlm_dist.families import Family
 
 #: Two neighbouring scales differ by 2^(1/16), 4% of a side: what is given away of a budget is below a tenth.

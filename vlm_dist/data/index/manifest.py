@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlm_dist.data.index import ShardIndex, replacing
+from vlm_dist.data.index.shard_index import ShardIndex, replacing
 from vlm_dist.errors import DataError
 
 MANIFEST_NAME = "manifest.json"

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm_dist.data.labels import RenderedText, Span, answer_tokens
-from vlm_dist.data.video import Clip
+from vlm_dist.data.encoding.labels import RenderedText, Span, answer_tokens
+from vlm_dist.data.media.video import Clip
 from vlm_dist.errors import ModelError, SkipSample
 from vlm_dist.families import Family
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from vlm_dist.data.facts import SampleFacts, member_kind
-from vlm_dist.data.index import INDEX_SUFFIX, TAR_BLOCK_BYTES, SampleSpan, build_index, write_index
-from vlm_dist.data.manifest import Manifest, ShardEntry, read_manifest
-from vlm_dist.data.tar_scan import check_extensions, check_members
+from vlm_dist.data.index.facts import SampleFacts, member_kind
+from vlm_dist.data.index.manifest import Manifest, ShardEntry, read_manifest
+from vlm_dist.data.index.shard_index import INDEX_SUFFIX, TAR_BLOCK_BYTES, SampleSpan, build_index, write_index
+from vlm_dist.data.index.tar_scan import check_extensions, check_members
 from vlm_dist.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
-from vlm_dist.data.template import MessageBuilder
+from vlm_dist.data.encoding.template import MessageBuilder
 from vlm_dist.data.types import Source
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family

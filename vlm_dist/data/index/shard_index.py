@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vlm_dist.data.facts import FACTS_DTYPE, LENGTH_ESTIMATE_VERSION
+from vlm_dist.data.index.facts import FACTS_DTYPE, LENGTH_ESTIMATE_VERSION
 
 INDEX_SUFFIX = ".index.arrow"
 TAR_BLOCK_BYTES = 512

@@ -1,0 +1,37 @@
+"""`vlm-dist`: what one wants to know and to do before and after training.
+
+Imports are inside the commands, so that the help comes at once. Every module of this package has `add_commands`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vlm_dist.cli import config, doctor, plan, shards
+from vlm_dist.errors import ExitCode, VlmDistError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; gives back the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except VlmDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except BrokenPipeError:  # `vlm-dist … | head`
+        sys.stderr.close()
+    return int(ExitCode.DONE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlm-dist",
+        description="Tools around training. Training itself: python -m vlm_dist.train, deepspeed -m vlm_dist.train, "
+        "or sbatch slurm/train.sbatch.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (config, plan, shards, doctor):
+        module.add_commands(commands)
+    return parser

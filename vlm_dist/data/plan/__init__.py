@@ -1,0 +1,1 @@
+"""The plan: which samples every step sees, and in which micro-batches."""

@@ -1,0 +1,1 @@
+"""Makes, indexes, checks and shows tar shards: what `vlm-dist shards` does."""

@@ -1,0 +1,1 @@
+"""Stateless worker processes that make micro-batches."""
