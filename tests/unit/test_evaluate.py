@@ -9,12 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.ranks import Ranks, run_ranks
 from vlm_dist.config.peft import PeftConfig
 from vlm_dist.config.vlm_model import ModelClassEntry
+from vlm_dist.data.index.facts import FACTS_DTYPE
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, RawSample, SampleOrigin
 from vlm_dist.demo.tiny_model import TinyShape, save_tiny_qwen2_vl
 from vlm_dist.errors import DataError, ModelError, VlmDistError
@@ -56,8 +58,8 @@ class Questions:
     def __len__(self) -> int:
         return self.size
 
-    def predicted_lengths(self, rows: Any) -> Any:
-        return rows * 0 + 10
+    def facts(self, rows: Any) -> Any:
+        return np.zeros(len(rows), dtype=FACTS_DTYPE)
 
     def origin(self, index: int) -> SampleOrigin:
         return SampleOrigin(self.name, "shard-0", f"{index:03}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 IGNORE_INDEX = -100  # inside this room; the materialiser's last act is to write what the config says
@@ -21,6 +22,9 @@ NULL_CLASSES = (
     "decode",  # an image or a video cannot be decoded
     "bad_sample",  # a member or column is missing, not UTF-8, not JSON, or otherwise not what it should be
     "too_long",  # does not fit max_length even in its smallest form
+    "over_budget",  # its pack is longer than predicted, and beyond the headroom
+    "timeout",  # took longer than a sample may, on two workers
+    "crash",  # its decoder ended the process, on two workers
 )
 
 
@@ -72,8 +76,18 @@ class Source(Protocol):
     def shard_sizes(self) -> Sequence[int]:
         """Number of samples per shard, in shard order; rows are numbered through the shards."""
 
-    def predicted_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Predicted number of tokens (text and visual) per row: int64 [len(rows)]."""
+    @property
+    def shard_digests(self) -> Sequence[str]:
+        """Hex digest of every shard's index, in shard order: names what exact token counts belong to."""
+
+    def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """Length facts per row: [len(rows)] of `FACTS_DTYPE`."""
+
+    def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the shard of each row, and its row within the whole shard: two int64 [len(rows)]."""
+
+    def will_read(self, rows: NDArray[np.int64]) -> None:
+        """Be told which rows this process's ranks will read soon, nearest first; a hint that never fails."""
 
     def origin(self, index: int) -> SampleOrigin:
         """Where a sample comes from, without reading it."""
@@ -88,19 +102,44 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Today's ranks, in node-major order; they decide how a step is cut, never which samples it has."""
+
+    world_size: int = 1
+    ranks_per_node: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackBudget:
+    """What one pack may hold.
+
+    Attributes:
+        max_tokens: of the language model, as planned.
+        max_patches: of the vision tower, as planned; None: no limit.
+        headroom: share by which the real lengths may exceed the plan before samples are left out.
+    """
+
+    max_tokens: int
+    max_patches: int | None = None
+    headroom: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One optimizer step: the micro-batches of all ranks, independent of how many ranks there are today."""
 
     step: int
     epoch: float  # epochs consumed when this step is done
     micro_batches: tuple[tuple[SampleRef | None, ...], ...]
+    pack: PackBudget | None = None  # micro-batches are packs: one row, samples one after the other; None: padded rows
 
     def for_rank(self, rank: int, world_size: int) -> list[MicroBatchJob]:
         """This rank's share, the same number of micro-batches on every rank (the last may be empty)."""
         count = -(-len(self.micro_batches) // world_size)
         indices = [m * world_size + rank for m in range(count)]
         return [
-            MicroBatchJob(self.step, i, self.micro_batches[i] if i < len(self.micro_batches) else ()) for i in indices
+            MicroBatchJob(self.step, i, self.micro_batches[i] if i < len(self.micro_batches) else (), pack=self.pack)
+            for i in indices
         ]
 
 
@@ -112,6 +151,7 @@ class MicroBatchJob:
     micro_batch: int  # index within the step over all ranks: seeds dropout, so that it does not depend on the rank
     refs: tuple[SampleRef | None, ...]
     purpose: Literal["train", "eval", "generate"] = "train"  # which materialiser of the workers makes it
+    pack: PackBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)

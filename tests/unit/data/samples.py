@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
+from vlm_dist.data.index.facts import FACTS_DTYPE
 from vlm_dist.data.types import RawSample, SampleOrigin
 from vlm_dist.errors import SkipSample
 
@@ -68,8 +69,8 @@ class MemorySource:
     def shard_sizes(self) -> Sequence[int]:
         return [len(self.rows)]
 
-    def predicted_lengths(self, rows: np.ndarray) -> np.ndarray:
-        return np.full(len(rows), 10, dtype=np.int64)
+    def facts(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros(len(rows), dtype=FACTS_DTYPE)
 
     def origin(self, index: int) -> SampleOrigin:
         return SampleOrigin(self.name, "shard", str(index))

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_dist.data.index.facts import FACTS_DTYPE, estimate_num_tokens, media_kind, probe_image, probe_video
+from vlm_dist.data.index.facts import FACTS_DTYPE, media_kind, probe_image, probe_video
 from vlm_dist.data.index.mp4_header import read_mp4_header
 from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index, sidecar_paths, write_index
 from vlm_dist.data.index.tar_scan import load_or_scan, scan_tar
+from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.errors import DataError
 
 

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_dist.data.index.facts import FACTS_DTYPE
+from vlm_dist.data.lengths.estimate import BYTES_PER_TOKEN
 from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.errors import CheckpointError, DataError
 
@@ -25,8 +27,14 @@ class FakeSource:
     def __len__(self):
         return sum(self.shard_sizes)
 
-    def predicted_lengths(self, rows):
-        return (np.asarray(rows) * 7919) % 1009 + 1
+    def facts(self, rows):
+        facts = np.zeros(len(rows), dtype=FACTS_DTYPE)
+        facts["text_bytes"] = np.ceil(lengths_of(rows) * BYTES_PER_TOKEN)
+        return facts
+
+
+def lengths_of(rows):
+    return (np.asarray(rows) * 7919) % 1009 + 1
 
 
 def make_plan(sizes=(50, 30, 20), repeats=(1.0,), **changes):
@@ -132,7 +140,7 @@ def test_grouping_by_length_saves_padding_and_aligns_ranks():
         for step in plan.steps():
             longest = []
             for job in (job for rank in range(8) for job in step.for_rank(rank, 8)):
-                lengths = plan._sources[0].predicted_lengths([ref.index for ref in job.refs if ref is not None])
+                lengths = lengths_of([ref.index for ref in job.refs if ref is not None])
                 if len(lengths):
                     pads += max(lengths) * len(lengths) - sum(lengths)
                     total += max(lengths) * len(lengths)
@@ -148,7 +156,7 @@ def test_grouping_by_length_saves_padding_and_aligns_ranks():
 
 def test_grouped_steps_come_in_no_order_of_length():
     plan = make_plan(sizes=(4000,), mode="group_by_length", global_batch_size=16, micro_batch_size=4)
-    means = [np.mean(plan._sources[0].predicted_lengths([r.index for r in refs_of(step)])) for step in plan.steps()]
+    means = [np.mean(lengths_of([r.index for r in refs_of(step)])) for step in plan.steps()]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.sources import open_source
 from vlm_dist.data.sources.arrow import ArrowSource
 from vlm_dist.errors import DataError, SkipSample
@@ -49,7 +50,7 @@ def check(source):
     assert len(source) == 5
     assert source.columns == ("image", "question", "label")
     assert source.read(3).fields == {"image": png(112), "question": "q3", "label": 3}
-    lengths = source.predicted_lengths(np.arange(5))
+    lengths = estimate_num_tokens(source.facts(np.arange(5)))
     assert (np.diff(lengths) > 0).all()
     assert pickle.loads(pickle.dumps(source)).read(4).fields["image"] == png(140)
 

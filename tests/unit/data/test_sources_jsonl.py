@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.sources import open_source
 from vlm_dist.errors import DataError, SkipSample
 
@@ -51,7 +52,7 @@ def test_lines_and_lists_give_the_same_rows(tmp_path, media, form):
     assert source.read(0).fields == {**ROWS[0], "image_path": (media / "large.png").read_bytes()}
     assert source.read(1).fields["id"] == 7
     assert str(source.origin(1)) == f"rows/{path.name}:1"
-    lengths = source.predicted_lengths(np.array([0, 1]))
+    lengths = estimate_num_tokens(source.facts(np.array([0, 1])))
     assert lengths[0] > 100 > lengths[1]
 
 
@@ -140,7 +141,10 @@ def test_several_files_renames_and_limits(tmp_path, media):
     assert len(source) == 3
     assert source.origin(2).shard == "b.jsonl"
     assert set(source.read(2).fields) == {"image", "query", "response"}
-    assert source.predicted_lengths(np.array([2, 0])).tolist() == [source.predicted_lengths(np.array([0]))[0]] * 2
+    assert (
+        estimate_num_tokens(source.facts(np.array([2, 0]))).tolist()
+        == [estimate_num_tokens(source.facts(np.array([0])))[0]] * 2
+    )
     with pytest.raises(DataError, match=r"'nope'.*it has: id, image_path, query, response"):
         open_source(SimpleNamespace(**{**vars(settings), "columns": {"image": "nope"}}), tmp_path / "index")
 

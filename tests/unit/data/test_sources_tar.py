@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.sources import open_source
 from vlm_dist.data.sources.shards import expand_braces
@@ -72,7 +73,7 @@ def test_only_the_first_samples(shards):
 
 
 def test_lengths_follow_text_and_pixels(shards):
-    lengths = open_source(tar(shards)).predicted_lengths(np.array([9, 0, 5, 0]))
+    lengths = estimate_num_tokens(open_source(tar(shards)).facts(np.array([9, 0, 5, 0])))
     assert lengths.dtype == np.int64
     assert lengths[0] > lengths[2] > lengths[1] == lengths[3]
 

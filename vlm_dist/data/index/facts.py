@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from vlm_dist.data.index.mp4_header import read_mp4_header
@@ -49,14 +48,6 @@ _KIND_OF = {extension: kind for kind, extensions in _KINDS.items() for extension
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TRANSPOSED = (5, 6, 7, 8)
-
-# The estimate behind group_by_length where no exact token counts exist. Only its order matters.
-BYTES_PER_TOKEN = 3.5
-PIXELS_PER_TOKEN = 28 * 28
-MAX_TOKENS_PER_IMAGE = 16_384
-PLANNED_FRAMES = 8
-_UNKNOWN_MEDIA_PIXELS = 448 * 448
-LENGTH_ESTIMATE_VERSION = "facts-1"  # part of every manifest hash: another estimate is another order
 
 
 def member_kind(extension: str) -> str:
@@ -219,24 +210,3 @@ def _as_path(source: BinaryIO | Path) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)
-
-
-def estimate_num_tokens(facts: NDArray[np.void]) -> NDArray[np.int64]:
-    """Estimate the number of text and visual tokens from facts alone.
-
-    Args:
-        facts: [N] of FACTS_DTYPE.
-
-    Returns:
-        int64 [N], at least 1; grows with the text, with the pixels and with the frames.
-    """
-    num_images = facts["num_images"].astype(np.float64)
-    image_pixels = facts["image_pixels"] + (facts["image_pixels"] == 0) * num_images * _UNKNOWN_MEDIA_PIXELS
-    image_tokens = np.minimum(image_pixels / PIXELS_PER_TOKEN, num_images * MAX_TOKENS_PER_IMAGE)
-    frame_pixels = facts["video_width"].astype(np.float64) * facts["video_height"]
-    frame_pixels = np.where(frame_pixels > 0, frame_pixels, _UNKNOWN_MEDIA_PIXELS)
-    frames = np.where(facts["video_frames"] > 0, np.minimum(facts["video_frames"], PLANNED_FRAMES), PLANNED_FRAMES)
-    video_tokens = facts["num_videos"] * frames * frame_pixels / PIXELS_PER_TOKEN
-    tokens = facts["text_bytes"] / BYTES_PER_TOKEN + image_tokens + video_tokens
-    estimate: NDArray[np.int64] = np.maximum(tokens, 1.0).astype(np.int64)
-    return estimate

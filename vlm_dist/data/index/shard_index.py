@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vlm_dist.data.index.facts import FACTS_DTYPE, LENGTH_ESTIMATE_VERSION
+from vlm_dist.data.index.facts import FACTS_DTYPE
 
 INDEX_SUFFIX = ".index.arrow"
 TAR_BLOCK_BYTES = 512
-_FORMAT_VERSION = "1"
+_FORMAT_VERSION = "2"
 _ABSENT = -1
 _MAX_COLUMNS = 256
 
@@ -73,7 +73,7 @@ class ShardIndex:
     @property
     def digest(self) -> str:
         """Hex digest of the contents; the same for a written and for a scanned index of the same tar."""
-        digest = hashlib.sha256(f"{_FORMAT_VERSION}/{LENGTH_ESTIMATE_VERSION}/{len(self)}".encode())
+        digest = hashlib.sha256(f"{_FORMAT_VERSION}/{len(self)}".encode())
         digest.update(json.dumps([self.keys.to_pylist(), self.json_fields, self.notes], sort_keys=True).encode())
         for name in sorted(self.offsets):
             digest.update(name.encode())
@@ -119,7 +119,6 @@ def write_index(index: ShardIndex, path: Path) -> None:
         columns[name] = pa.array(np.ascontiguousarray(index.facts[name]))
     metadata = {
         "format": _FORMAT_VERSION,
-        "estimate": LENGTH_ESTIMATE_VERSION,
         "num_bytes": str(index.num_bytes),
         "json_fields": json.dumps(index.json_fields),
         "notes": json.dumps(index.notes, sort_keys=True),
@@ -147,7 +146,7 @@ def read_index(path: Path) -> ShardIndex | None:
         log.warning("ignoring the damaged index %s: %s", path, error)
         return None
     metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    if metadata.get("format") != _FORMAT_VERSION or metadata.get("estimate") != LENGTH_ESTIMATE_VERSION:
+    if metadata.get("format") != _FORMAT_VERSION:
         return None
     facts = np.zeros(len(table), dtype=FACTS_DTYPE)
     for name in FACTS_DTYPE.names or ():

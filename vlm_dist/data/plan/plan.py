@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_dist.data.lengths import FactLengths, LengthModel
 from vlm_dist.data.plan.order import (
     ORDER_VERSION,
     EpochOrder,
@@ -73,15 +74,23 @@ class Plan:
         sources: the data.
         repeats: passes over each source in an epoch, as floats; an epoch has the sum of floor(repeat x samples).
         settings: how samples become steps.
+        lengths: predicts costs; None: estimates from facts alone.
 
     Raises:
         DataError: if an epoch would have no samples.
     """
 
-    def __init__(self, sources: Sequence[Source], repeats: Sequence[float], settings: PlanSettings) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        repeats: Sequence[float],
+        settings: PlanSettings,
+        lengths: LengthModel | None = None,
+    ) -> None:
         if len(sources) != len(repeats):
             raise DataError(f"{len(sources)} sources but {len(repeats)} repeats")
         self._sources = tuple(sources)
+        self._lengths: LengthModel = lengths if lengths is not None else FactLengths(sources)
         self.settings = settings
         self._repeats = tuple(float(repeat) for repeat in repeats)
         self._shapes = tuple(
@@ -192,6 +201,7 @@ class Plan:
             "mode": self.settings.mode,
             "seed": self.settings.seed,
             "shuffle": self.settings.shuffle,
+            "lengths": self._lengths.digest,
             "sources": [
                 [source.name, len(source), repeat, hashlib.sha256(source.manifest_hash.encode()).hexdigest()[:16]]
                 for source, repeat in zip(self._sources, self._repeats, strict=True)
@@ -232,10 +242,10 @@ class Plan:
 
     def _predict_lengths(self, samples: Samples) -> NDArray[np.int64]:
         lengths = np.zeros(len(samples), dtype=np.int64)
-        for number, source in enumerate(self._sources):
+        for number in range(len(self._sources)):
             chosen = samples.source == number
             if chosen.any():
-                lengths[chosen] = source.predicted_lengths(samples.row[chosen])
+                lengths[chosen] = self._lengths.costs(number, samples.row[chosen]).tokens
         return lengths
 
 

@@ -13,12 +13,11 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.index.facts import estimate_num_tokens
 from vlm_dist.data.index.manifest import Manifest, ShardEntry
 from vlm_dist.data.index.shard_index import INDEX_SUFFIX, SampleSpan, ShardIndex, build_index, keep_index, read_index
 from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
 from vlm_dist.data.sources.media import MediaColumns, MediaRoot
-from vlm_dist.data.sources.shards import row_blocks
+from vlm_dist.data.sources.shards import block_digests, locate_in_blocks, row_blocks
 from vlm_dist.data.types import RawSample, SampleOrigin
 from vlm_dist.errors import DataError
 
@@ -118,9 +117,22 @@ class ArrowSource:
         """Blocks of rows: any row is as cheap as the next."""
         return row_blocks(len(self))
 
-    def predicted_lengths(self, rows: np.ndarray) -> NDArray[np.int64]:
-        """Estimate the number of tokens per row: int64 [len(rows)]."""
-        return estimate_num_tokens(self._facts[np.asarray(rows)])
+    @property
+    def shard_digests(self) -> Sequence[str]:
+        """One digest per block of rows."""
+        return block_digests(self._hash, len(self))
+
+    def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """Length facts per row."""
+        facts: NDArray[np.void] = self._facts[np.asarray(rows)]
+        return facts
+
+    def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the block of each row, and its row within the block."""
+        return locate_in_blocks(rows)
+
+    def will_read(self, rows: NDArray[np.int64]) -> None:
+        """Nothing to do: the tables are mapped into memory."""
 
     def origin(self, index: int) -> SampleOrigin:
         """Name a row by its number."""

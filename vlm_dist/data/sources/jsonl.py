@@ -15,12 +15,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.index.facts import SampleFacts, estimate_num_tokens
+from vlm_dist.data.index.facts import SampleFacts
 from vlm_dist.data.index.manifest import Manifest, ShardEntry
 from vlm_dist.data.index.shard_index import SampleSpan, ShardIndex, build_index, keep_index, read_index, sidecar_paths
 from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
 from vlm_dist.data.sources.media import MediaColumns, MediaRoot
-from vlm_dist.data.sources.shards import find_files, limited_sizes, row_blocks
+from vlm_dist.data.sources.shards import block_digests, find_files, limited_sizes, locate_in_blocks, row_blocks
 from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import RawSample, SampleOrigin
 from vlm_dist.errors import DataError, SkipSample
@@ -104,12 +104,25 @@ class JsonSource:
         """Blocks of rows: any row is as cheap as the next."""
         return row_blocks(len(self))
 
-    def predicted_lengths(self, rows: np.ndarray) -> NDArray[np.int64]:
-        """Estimate the number of tokens per row: int64 [len(rows)]."""
+    @property
+    def shard_digests(self) -> Sequence[str]:
+        """One digest per block of rows."""
+        return block_digests(self._hash, len(self))
+
+    def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """Length facts per row."""
         rows = np.asarray(rows)
         files = np.searchsorted(self._starts, rows, side="right") - 1
         whole = np.concatenate([[0], np.cumsum([len(spans) for spans in self._spans])])  # before max_samples
-        return estimate_num_tokens(self._facts[whole[files] + rows - np.asarray(self._starts)[files]])
+        facts: NDArray[np.void] = self._facts[whole[files] + rows - np.asarray(self._starts)[files]]
+        return facts
+
+    def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the block of each row, and its row within the block."""
+        return locate_in_blocks(rows)
+
+    def will_read(self, rows: NDArray[np.int64]) -> None:
+        """Nothing to do: records and media are local."""
 
     def origin(self, index: int) -> SampleOrigin:
         """Say where a record is: its file and its number in it, from 0."""

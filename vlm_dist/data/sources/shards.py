@@ -9,6 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlm_dist.errors import DataError
 
 ROWS_PER_BLOCK = 256
@@ -81,6 +84,17 @@ def limited_sizes(sizes: Sequence[int], max_samples: int | None) -> list[int]:
 def row_blocks(num_rows: int) -> list[int]:
     """Cut data with cheap access to any row into small shards, so that few files still give many orders."""
     return [min(ROWS_PER_BLOCK, num_rows - start) for start in range(0, num_rows, ROWS_PER_BLOCK)]
+
+
+def block_digests(manifest_hash: str, num_rows: int) -> list[str]:
+    """Name the blocks of `row_blocks`."""
+    return [f"{manifest_hash}-{start // ROWS_PER_BLOCK}" for start in range(0, num_rows, ROWS_PER_BLOCK)]
+
+
+def locate_in_blocks(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Find the block of each row, and its row within the block."""
+    blocks, within = np.divmod(np.asarray(rows, dtype=np.int64), ROWS_PER_BLOCK)
+    return blocks, within
 
 
 def _alternatives(body: str) -> Iterator[str]:

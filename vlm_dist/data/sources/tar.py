@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.index.facts import FACTS_DTYPE, estimate_num_tokens, member_kind
+from vlm_dist.data.index.facts import FACTS_DTYPE, member_kind
 from vlm_dist.data.index.manifest import Manifest, ShardEntry, read_manifest
 from vlm_dist.data.index.shard_index import TAR_BLOCK_BYTES, ShardIndex, sidecar_paths
 from vlm_dist.data.index.tar_scan import load_or_scan
@@ -68,6 +68,7 @@ class TarSource:
         self._columns = ColumnNames(name, list(dict.fromkeys([*whole, *fields])), renames)
         self._sizes = limited_sizes([shard.num_samples for shard in manifest.shards], max_samples)
         self._starts = [0, *accumulate(self._sizes)]
+        self._digests = [shard.index_digest for shard in manifest.shards]
         self._hash = manifest.hash if max_samples is None else f"{manifest.hash}:{max_samples}"
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
@@ -104,15 +105,29 @@ class TarSource:
         """Number of samples per shard."""
         return self._sizes
 
-    def predicted_lengths(self, rows: np.ndarray) -> NDArray[np.int64]:
-        """Estimate the number of tokens per row from the facts in the index: int64 [len(rows)]."""
-        rows = np.asarray(rows)
-        facts = np.zeros(len(rows), dtype=FACTS_DTYPE)
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
+    @property
+    def shard_digests(self) -> Sequence[str]:
+        """Digest of every shard's index."""
+        return self._digests
+
+    def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """Length facts per row, from the indexes."""
+        shards, within = self.locate(rows)
+        facts = np.zeros(len(shards), dtype=FACTS_DTYPE)
         for shard in np.unique(shards):
             chosen = shards == shard
-            facts[chosen] = self._index(int(shard)).facts[rows[chosen] - self._starts[shard]]
-        return estimate_num_tokens(facts)
+            facts[chosen] = self._index(int(shard)).facts[within[chosen]]
+        return facts
+
+    def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the shard of each row, and its row within the shard."""
+        rows = np.asarray(rows, dtype=np.int64)
+        starts = np.asarray(self._starts, dtype=np.int64)
+        shards = np.searchsorted(starts, rows, side="right") - 1
+        return shards, rows - starts[shards]
+
+    def will_read(self, rows: NDArray[np.int64]) -> None:
+        """Nothing to do yet for local files."""
 
     def origin(self, index: int) -> SampleOrigin:
         """Say where a sample lies."""
