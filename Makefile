@@ -11,6 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= full
 ZERO   ?= 2
+BENCH  ?= full
 PYTEST_ARGS ?=
 
 # two processes share the cores: one thread each, unless the caller knows better
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format clean bench-scale bench-data
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
@@ -46,6 +47,12 @@ check: $(STAMP)  ## format, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-data: $(STAMP)  ## the loader and its peers on the same pictures (BENCH=quick: ours alone, under a minute)
+	$(BIN)/python -m tests.bench.data $(if $(filter quick,$(BENCH)),--quick)
+
+bench-scale: $(STAMP)  ## the planner with 10^9 samples and 1024 ranks; padding and balance of the batching modes
+	$(BIN)/python -m tests.bench.scale
 
 format: $(STAMP)  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlm_dist.data.lookahead import announce
 from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef, Source
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 #: Micro-batches that are asked for before the first of them is needed.
 _PREFETCH = 3
+_ANNOUNCED = 32  # micro-batches that the sources are told of before they are needed
 
 
 class Pool(Protocol):
@@ -173,7 +175,8 @@ class Evaluator:
             tally.num_samples += batch.num_samples
             tally.num_skipped += sum(slot.null_class != "tail" for slot in batch.null_slots)
             if self._quarantine is not None:
-                self._quarantine.record(position, [slot for slot in batch.null_slots if slot.origin is not None])
+                unusable = [slot for slot in batch.null_slots if slot.origin is not None]
+                self._quarantine.record(position, unusable, "eval")
         tally.losses = [(order, float(value)) for order, value in sums]
         return tally
 
@@ -214,8 +217,10 @@ class Evaluator:
             for step in plan.steps()
             for job in step.for_rank(self._ranks.rank, self._ranks.world_size)
         )
-        pending: deque[Any] = deque()
+        unannounced, pending = deque(jobs), deque[Any]()
         for _ in range(len(jobs)):
+            while unannounced and len(unannounced) + _ANNOUNCED > len(jobs):
+                announce(self._sources, unannounced.popleft().refs)
             while jobs and len(pending) < _PREFETCH:
                 pending.append(pool.submit(jobs.popleft()))
             # A rank that cannot read must not leave the others waiting in the model's collectives.

@@ -23,6 +23,8 @@ from vlm_dist.loss import token_loss_sum
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.window import MetricWindow
 
+_NUM_EXAMPLES = 3
+
 
 class Ending(enum.Enum):
     """Why the loop ended."""
@@ -128,8 +130,8 @@ class Trainer:
         """Train. Collective: every rank calls this.
 
         Raises:
-            DataError: a rank's storage failed; a checkpoint was written first. Or no sample of the whole run could be
-                used.
+            DataError: a rank's storage failed, or too many samples are damaged; a checkpoint was written first. Or no
+                sample of the whole run could be used.
         """
         if self.cadence.eval_on_start and self.position == 0:
             self._evaluate()
@@ -137,6 +139,9 @@ class Trainer:
             if fetched.verdict.ranks_with("fetch_error"):
                 self._save()
                 raise self._fetch_failure(fetched)
+            if fetched.overdrawn is not None:
+                self._save()
+                raise DataError(fetched.overdrawn.message(self._examples(fetched)))
             if fetched.verdict.ranks_with("stop"):
                 self._save()
                 return Ending.PREEMPTED
@@ -209,6 +214,10 @@ class Trainer:
         self._saved_at = self.position
         self.log.message(f"checkpoint written: {self.save(self.position)}")
         self._window.restart_clock()
+
+    def _examples(self, fetched: FeedStep) -> list[str]:
+        """A few unusable samples of any rank, the same on all. Collective: every rank calls this."""
+        return [line for lines in self.ranks.gather_objects(fetched.bad_samples) for line in lines][:_NUM_EXAMPLES]
 
     def _fetch_failure(self, fetched: FeedStep) -> DataError:
         """Every rank learns what went wrong where, so that whichever log is read has it."""

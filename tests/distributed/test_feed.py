@@ -10,7 +10,7 @@ from tests.ranks import Ranks, run_ranks
 from tests.unit.data.samples import MemorySource
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.plan.plan import Plan, PlanSettings
-from vlm_dist.data.types import MicroBatch, MicroBatchJob
+from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, SampleOrigin
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.errors import DataError
@@ -20,12 +20,15 @@ from vlm_dist.errors import DataError
 class Maker:
     rank: int
     failing_step: int = -1
+    bad_rows: tuple[int, ...] = ()
 
     def __call__(self, job: MicroBatchJob) -> MicroBatch:
         if self.rank == 1 and job.step == self.failing_step:
             raise DataError("the disk of rank 1 is gone")
-        num_samples = sum(ref is not None for ref in job.refs)
-        return MicroBatch(job, {}, torch.zeros(1, 1), num_samples, 10 * num_samples, 0, 0)
+        rows = [ref.index for ref in job.refs if ref is not None]
+        bad = [NullSlot(SampleOrigin("s", "t", str(row)), "decode", "cut") for row in rows if row in self.bad_rows]
+        num_samples = len(rows) - len(bad)
+        return MicroBatch(job, {}, torch.zeros(1, 1), num_samples, 10 * num_samples, 0, 0, bad)
 
 
 def steps_seen(ranks: Ranks, failing_step: int, stop_at: int) -> list[tuple[int, int, list[int], list[int]]]:
@@ -70,3 +73,23 @@ def test_both_ranks_leave_when_one_cannot_read() -> None:
     assert one == other
     assert one[-1][0] == 1
     assert one[-1][2] == [1]
+
+
+def budgets_seen(ranks: Ranks, bad_rows: tuple[int, ...]) -> list[tuple[int, int | None, tuple[str, ...]]]:
+    plan = Plan([MemorySource([{}] * 32)], [1.0], PlanSettings(8, 2, shuffle=False))
+    agreement = StepAgreement(FEED_FIELDS, ranks.agreement, ranks.world_size)
+    pool = WorkerPool(Maker(ranks.rank, bad_rows=bad_rows), 0)
+    seen: list[tuple[int, int | None, tuple[str, ...]]] = []
+    with StepFeed(plan, pool, ranks.rank, ranks.world_size, agreement, max_bad_share=0.002) as feed:
+        for step in feed:
+            bad = step.overdrawn.by_class["decode"] if step.overdrawn is not None else None
+            seen.append((step.plan.step, bad, tuple(step.bad_samples)))
+    return seen
+
+
+def test_damage_is_counted_over_all_ranks_and_all_find_it_at_the_same_step() -> None:
+    one, other = run_ranks(budgets_seen, 2, (0, 10, 17))  # two of them are one rank's, the third the other's
+    assert [seen[:2] for seen in one] == [seen[:2] for seen in other] == [(0, None), (1, None), (2, 3), (3, 3)]
+    examples = sorted(example for seen in (one, other) for example in seen[2][2])
+    assert examples == ["s/t:0 (decode): cut", "s/t:10 (decode): cut", "s/t:17 (decode): cut"]
+    assert one[2][2] != other[2][2]  # each knows its own, and the trainer gathers them

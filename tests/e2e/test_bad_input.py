@@ -90,7 +90,7 @@ CASES = [
     config("no value", changed("train.seed"), "expected section.key=value, such as train.learning_rate=1e-4"),
     config("unknown variable", ["--config", "configs/variable.yaml"], "{quesiton_column}", "{question_column}?"),
     config("two precisions", changed("train.bf16=true", "train.fp16=true"), "at most one of them"),
-    config("not yet", changed("collator.video_processing.frame_extraction.library=cv2"), "not yet supported"),
+    config("not yet", changed("peft.towers.vision=full"), "not yet supported"),
     config(
         "all at once",
         changed("train.seed=x", "peft.r=0", "collator.text_processing.max_length=-1"),

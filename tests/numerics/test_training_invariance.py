@@ -27,7 +27,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from tests.numerics.finished_runs import checkpoints, figures, masters, max_difference, train
 from tests.tiny_run import TinyRun, make_tiny_run
 from vlm_dist import cli
-from vlm_dist.build import make_materialisers, make_plan, make_processor, open_sources_alone
+from vlm_dist.build import make_lengths_alone, make_materialisers, make_plan, make_processor, open_sources_alone
 from vlm_dist.config import RunConfig, load_run
 from vlm_dist.config.arithmetic import resolve_batch
 from vlm_dist.data.materialise import Materialiser
@@ -145,14 +145,16 @@ class Project:
     def __init__(self, run: TinyRun) -> None:
         self.config = load_run(run.config, SETTINGS)
         self.sources = open_sources_alone(self.config, "train")
-        self.plan = make_plan(self.config, self.sources, resolve_batch(self.config.train, 1, GLOBAL_BATCH_SIZE))
         self.processor, self.family = make_processor(self.config)
+        self.materialise = make_materialisers(self.config, self.sources, [], self.processor, self.family)
+        lengths = make_lengths_alone(self.config, self.sources, self.processor, self.family, self.materialise)
+        batch = resolve_batch(self.config.train, 1, GLOBAL_BATCH_SIZE)
+        self.plan = make_plan(self.config, self.sources, batch, lengths)
 
     def steps(self) -> Iterator[list[MicroBatch]]:
         """The trainer's micro-batches, with padding and dummy rows."""
-        materialise = make_materialisers(self.config, self.sources, [], self.processor, self.family)
         for step in self.plan.steps():
-            yield [materialise(job) for job in step.for_rank(0, 1)]
+            yield [self.materialise(job) for job in step.for_rank(0, 1)]
 
     def single_samples(self) -> Iterator[list[MicroBatch]]:
         """The same samples one by one: nothing is padded, and there are no dummies."""

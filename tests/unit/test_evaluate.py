@@ -61,6 +61,8 @@ class Questions:
     def facts(self, rows: Any) -> Any:
         return np.zeros(len(rows), dtype=FACTS_DTYPE)
 
+    def will_read(self, rows: Any) -> None: ...
+
     def origin(self, index: int) -> SampleOrigin:
         return SampleOrigin(self.name, "shard-0", f"{index:03}")
 

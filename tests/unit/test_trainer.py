@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from vlm_dist.data.error_budget import ErrorBudget
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, StepPlan
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.engine import StepOutcome
 from vlm_dist.errors import DataError
 from vlm_dist.trainer import Cadence, Ending, Trainer, seed_micro_batch
 
-FIELDS = ("stop", "fetch_error", "num_target_tokens", "num_samples", "num_tokens", "num_computed_tokens")
+FIELDS = ("stop", "fetch_error", "num_target_tokens", "num_samples", "num_tokens", "num_computed_tokens", "null_decode")
 
 
 class Engine:
@@ -84,7 +85,15 @@ def feed(start: int, stop: int, *, events: dict[int, dict[str, int]] | None = No
         verdict = StepAgreement(FIELDS).vote(step, counts).wait()
         error = DataError("disk gone") if counts.get("fetch_error") else None
         plan = StepPlan(step, (step + 1) / 10, ())
-        yield SimpleNamespace(plan=plan, micro_batches=batches, verdict=verdict, data_wait_seconds=0.0, error=error)
+        yield SimpleNamespace(
+            plan=plan,
+            micro_batches=batches,
+            verdict=verdict,
+            data_wait_seconds=0.0,
+            error=error,
+            overdrawn=ErrorBudget(0.0).add({"num_samples": 7, "null_decode": counts.get("null_decode", 0)}),
+            bad_samples=("vqa/0.tar:7 (decode): cut",),
+        )
 
 
 @pytest.fixture
@@ -165,6 +174,17 @@ def test_a_failed_fetch_saves_and_tells_which_rank_and_step(ranks: Any) -> None:
     trainer, engine, _, saved = make(ranks, feed(0, 10, events={3: {"fetch_error": 1}}))
     with pytest.raises(DataError, match="step 3, rank 0: disk gone"):
         trainer.run()
+    assert (saved, engine.calls.count("step")) == ([3], 3)
+
+
+def test_an_overdrawn_error_budget_saves_and_says_what_to_do(ranks: Any) -> None:
+    trainer, engine, _, saved = make(ranks, feed(0, 10, events={3: {"null_decode": 2}}))
+    with pytest.raises(DataError) as caught:
+        trainer.run()
+    message = str(caught.value)
+    assert "2 of the last 9 samples of all ranks cannot be used (2 decode)" in message
+    for told in ("vqa/0.tar:7 (decode): cut", "quarantine/rank-*.jsonl", "verify --decode", "raise data.max_bad_share"):
+        assert told in message
     assert (saved, engine.calls.count("step")) == ([3], 3)
 
 

@@ -6,17 +6,27 @@ from typing import Any
 
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_interval
+from vlm_dist.config.section import num_bytes
+from vlm_dist.data.encoding.packing import check_packing
+from vlm_dist.data.lengths import LengthModel
 from vlm_dist.data.materialise import Materialiser
-from vlm_dist.data.plan.plan import Plan, PlanSettings
+from vlm_dist.data.plan.mix import repeats_of_weights
+from vlm_dist.data.plan.plan import Mode, Plan, PlanSettings
 from vlm_dist.data.purposes import ByPurpose
 from vlm_dist.data.sources import open_source
-from vlm_dist.data.types import Source
+from vlm_dist.data.storage.shard_storage import CacheSettings, is_remote
+from vlm_dist.data.types import Layout, PackBudget, Source
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family, family_for
-from vlm_dist.model import load_processor
+from vlm_dist.model import load_processor, load_rope_index
 from vlm_dist.trainer import Cadence
+
+#: With fewer, packs are hard to balance and far from full.
+MIN_SAMPLES_PER_PACK = 4
+#: Reading ahead from local disks: enough to have a step in memory when its turn comes.
+LOCAL_LOOKAHEAD_STEPS = 2
 
 
 def open_sources(config: RunConfig, which: str, ranks: Ranks) -> list[Source]:
@@ -45,19 +55,42 @@ def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
     columns = config.collator.dataset_columns.mapping
     media = {columns[key] for key in ("image_column", "video_column") if key in columns}
     used = set(config.collator.required_columns.values()) if config.train.remove_unused_columns else None
-    return [open_source(one, config.data.index_dir, media, used) for one in settings]
+    cache = cache_settings(config)
+    return [open_source(one, config.data.index_dir, media, used, cache) for one in settings]
+
+
+def cache_settings(config: RunConfig) -> CacheSettings:
+    """How shards that are not in local files are kept on this machine."""
+    cache = config.data.cache
+    return CacheSettings(cache.dir, num_bytes(cache.max_size), cache.mode, cache.lookahead_steps)
+
+
+def lookahead_steps(config: RunConfig) -> int:
+    """How many steps before they are needed samples are announced: far where whole shards have to be fetched."""
+    paths = [[one.path] if isinstance(one.path, str) else one.path or [] for one in config.data.train]
+    has_remote = any(is_remote(path) for of_source in paths for path in of_source)
+    return config.data.cache.lookahead_steps if has_remote else LOCAL_LOOKAHEAD_STEPS
 
 
 def make_processor(config: RunConfig) -> tuple[Any, Family]:
     """The model's processor, and its row in the table of families."""
-    from transformers import PretrainedConfig
-
     loading = config.model.loading_for(config.model_id)
     processor = load_processor(
         config.model_id, config.model_entry, config.model.processor_for(config.model_id), loading
     )
-    facts, _ = PretrainedConfig.get_config_dict(config.model_id, revision=loading.revision or "main")
-    return processor, family_for(facts.get("model_type", ""))
+    return processor, find_family(config)
+
+
+def find_family(config: RunConfig) -> Family:
+    """The model's row in the table of families; reads the model's config.json alone."""
+    from transformers import PretrainedConfig
+
+    revision = config.model.loading_for(config.model_id).revision or "main"
+    try:
+        facts, _ = PretrainedConfig.get_config_dict(config.model_id, revision=revision)
+    except OSError as error:
+        raise ModelError(f"{config.model_id}: its config.json cannot be read: {error}") from error
+    return family_for(facts.get("model_type", ""))
 
 
 def make_materialisers(
@@ -69,9 +102,17 @@ def make_materialisers(
         ConfigError: columns that the messages need are missing, or the family cannot do what is asked.
     """
     towers = towers_in_use(config, [*train_sources, *eval_sources])
+    rope_positions = None
+    if is_packed(config):
+        check_packing(family)
+        if family.packing == "mrope":
+            loading = config.model.loading_for(config.model_id)
+            rope_positions = load_rope_index(config.model_id, loading.revision, loading.trust_remote_code)
 
     def materialiser(sources: list[Source], for_generation: bool = False) -> Materialiser:
-        return Materialiser(sources, processor, family, config.collator, towers, config.train.seed, for_generation)
+        return Materialiser(
+            sources, processor, family, config.collator, towers, config.train.seed, for_generation, rope_positions
+        )
 
     return ByPurpose(
         {
@@ -95,17 +136,94 @@ def towers_in_use(config: RunConfig, sources: list[Source]) -> frozenset[str]:
     )
 
 
-def make_plan(config: RunConfig, sources: list[Source], batch: BatchArithmetic) -> Plan:
-    """The plan of the training run."""
+def is_packed(config: RunConfig) -> bool:
+    """Whether micro-batches of training are packs."""
+    return config.train.packing
+
+
+def make_plan(
+    config: RunConfig,
+    sources: list[Source],
+    batch: BatchArithmetic,
+    lengths: LengthModel | None = None,
+    ranks_per_node: int = 1,
+) -> Plan:
+    """The plan of the training run.
+
+    Args:
+        config: of the run.
+        sources: `data.train`.
+        batch: how large a step is, and for how many ranks.
+        lengths: predicts costs, as `vlm_dist.build.lengths` makes it; None: rough estimates from facts alone, which
+            are another plan than the run's where it goes by length.
+        ranks_per_node: today's, as `ranks_per_node` finds it.
+    """
+    train_config = config.train
+    mode: Mode = "packing" if is_packed(config) else "group_by_length" if train_config.group_by_length else "padding"
     settings = PlanSettings(
         global_batch_size=batch.global_batch_size,
         micro_batch_size=batch.per_device,
-        mode="group_by_length" if config.train.group_by_length else "padding",
-        seed=config.train.seed,
-        num_epochs=config.train.num_train_epochs,
-        max_steps=config.train.max_steps if config.train.max_steps > 0 else None,
+        mode=mode,
+        seed=train_config.seed,
+        num_epochs=train_config.num_train_epochs,
+        max_steps=train_config.max_steps if train_config.max_steps > 0 else None,
+        pack=pack_budget(config) if is_packed(config) else None,
+        balance_scope=train_config.balance_scope,
     )
-    return Plan(sources, [one.repeat for one in config.data.train], settings)
+    return Plan(sources, source_repeats(config, sources), settings, lengths, Layout(batch.world_size, ranks_per_node))
+
+
+def ranks_per_node(config: RunConfig, ranks: Ranks) -> int:
+    """How many ranks each node has, in node-major order; 0 where that is not so. Collective: every rank calls this."""
+    topology = ranks.topology
+    if config.train.balance_scope == "world":
+        return 1
+    mine = (topology.local_world_size, topology.rank % topology.local_world_size == topology.local_rank)
+    found = set(ranks.gather_objects(mine))
+    return topology.local_world_size if found == {(topology.local_world_size, True)} else 0
+
+
+def source_repeats(config: RunConfig, sources: list[Source]) -> list[float]:
+    """Passes over each training source in an epoch."""
+    weights = [one.weight for one in config.data.train if one.weight is not None]
+    if weights:
+        return repeats_of_weights(weights, [len(source) for source in sources])
+    return [one.repeat for one in config.data.train]
+
+
+def pack_budget(config: RunConfig) -> PackBudget:
+    """What a pack may hold: by default as many tokens as the longest padded micro-batch would have."""
+    train_config = config.train
+    longest = train_config.per_device_train_batch_size * config.collator.text_processing.max_length
+    return PackBudget(train_config.pack_max_tokens or longest, train_config.pack_max_patches)
+
+
+def describe_plan(config: RunConfig, plan: Plan, batch: BatchArithmetic, step: int = 0) -> list[str]:
+    """Lines for the log: what the plan does that the config does not say.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        batch: how large a step is, and for how many ranks.
+        step: that stands for all of them.
+    """
+    lines = [f"notice: {notice}" for notice in plan.notices]
+    budget = plan.settings.pack
+    if budget is None or not 0 <= step < plan.num_steps:
+        return lines
+    num_packs = sum(any(ref is not None for ref in packed) for packed in plan.step(step).micro_batches)
+    per_pack = sum(len(packed) for packed in plan.step(step).micro_batches) / max(num_packs, 1)
+    patches = f" and {budget.max_patches} patches" if budget.max_patches is not None else ""
+    lines.append(
+        f"packs of up to {budget.max_tokens} tokens{patches}, about {per_pack:.1f} samples each; the plan decides how "
+        f"many each rank has in a step, so that accumulation {batch.accumulation} counts for the global batch alone"
+    )
+    if per_pack < MIN_SAMPLES_PER_PACK:
+        lines.append(
+            f"notice: train.packing: packs have {per_pack:.1f} samples, too few to balance; raise pack_max_tokens, or "
+            "the global batch (gradient_accumulation_steps), or use group_by_length"
+        )
+    return lines
 
 
 def make_cadence(config: RunConfig, num_steps: int) -> Cadence:

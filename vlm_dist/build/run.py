@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_dist.build.continuation import check_config, check_end, fit_batch, prepare_output_dir, run_facts
-from vlm_dist.build.data import make_cadence, make_materialisers, make_plan, make_processor, open_sources
+from vlm_dist.build.data import (
+    describe_plan,
+    lookahead_steps,
+    make_cadence,
+    make_materialisers,
+    make_plan,
+    make_processor,
+    open_sources,
+    ranks_per_node,
+)
+from vlm_dist.build.lengths import describe_lengths, make_lengths
 from vlm_dist.checkpoint import (
     CheckpointStore,
     choose_checkpoint,
@@ -21,7 +31,7 @@ from vlm_dist.config import RunConfig
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.purposes import PurposePool
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.types import Source
+from vlm_dist.data.types import MicroBatch, MicroBatchJob, Source
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.distributed.environment import resolve_topology
@@ -116,18 +126,27 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         eval_sources = open_sources(config, "eval", ranks)
         differences: list[str] = []
         with agree_on_failure(ranks):
-            plan = make_plan(config, train_sources, batch)
+            processor, family = make_processor(config)
+            materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
+        planned_with = checkpoint.info["plan"].get("lengths") if checkpoint is not None else None
+        lengths = make_lengths(config, train_sources, processor, family, materialise, planned_with, ranks)
+        per_node = ranks_per_node(config, ranks)
+        with agree_on_failure(ranks):
+            plan = make_plan(config, train_sources, batch, lengths, per_node)
             if checkpoint is not None:
                 plan.check_state(checkpoint.info["plan"])
                 check_end(checkpoint, plan)
                 differences = check_config(config, checkpoint) if ranks.is_main else []
+            about_plan = describe_plan(config, plan, batch, checkpoint.step if checkpoint is not None else 0)
             cadence = make_cadence(config, plan.num_steps)
-            processor, family = make_processor(config)
-            materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
             if ranks.is_main:  # only now: a run that is refused leaves that of the run before it alone
                 config.write(train_config.output_dir / "resolved_config.yaml")
         start = checkpoint.step if checkpoint is not None else 0
         log.message(f"{batch}; {plan.steps_per_epoch} steps per epoch, {plan.num_steps} steps in all")
+        if (told := describe_lengths(config, lengths)) is not None:
+            log.message(told)
+        for line in about_plan:
+            log.message(line)
 
         # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone.
         merge = _ds_merger(config, ds_json, ranks)
@@ -166,11 +185,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         has_gpu = engine.device.type == "cuda"
         if train_config.dataloader_pin_memory and not has_gpu:
             log.message("notice: train.dataloader_pin_memory: true has no effect without a GPU")
-        pool = WorkerPool(
-            materialise,
-            train_config.dataloader_num_workers,
-            pin_memory=train_config.dataloader_pin_memory and has_gpu,
-        )
+        pool = make_pool(config, materialise, has_gpu)
         stack.callback(pool.close)
         feed = StepFeed(
             plan,
@@ -182,6 +197,9 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             prefetch_steps=train_config.dataloader_prefetch_factor,
             stop_requested=lambda: bool(stop),
             quarantine=quarantine,
+            max_bad_share=config.data.max_bad_share,
+            sources=train_sources,
+            lookahead_steps=lookahead_steps(config),
         )
         stack.callback(feed.close)
         log.start(start_step=start, num_steps=plan.num_steps)
@@ -220,6 +238,18 @@ def _ds_merger(
         world_size=ranks.world_size,
         num_nodes=num_nodes,
         num_trainable=num_trainable,
+    )
+
+
+def make_pool(config: RunConfig, materialise: Callable[[MicroBatchJob], MicroBatch], has_gpu: bool) -> WorkerPool:
+    """The data workers of this rank."""
+    gib = config.data.worker_memory_gib
+    return WorkerPool(
+        materialise,
+        config.train.dataloader_num_workers,
+        sample_timeout_seconds=config.data.sample_timeout_seconds,
+        max_memory_bytes=None if gib is None else int(gib * 2**30),
+        pin_memory=config.train.dataloader_pin_memory and has_gpu,
     )
 
 

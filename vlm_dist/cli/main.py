@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vlm_dist.cli import config, doctor, plan, shards
+from vlm_dist.cli import config, doctor, plan, quarantine, shards
 from vlm_dist.errors import ExitCode, VlmDistError
 
 
@@ -32,6 +32,6 @@ def _parser() -> argparse.ArgumentParser:
         "or sbatch slurm/train.sbatch.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (config, plan, shards, doctor):
+    for module in (config, plan, shards, quarantine, doctor):
         module.add_commands(commands)
     return parser

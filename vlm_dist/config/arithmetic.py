@@ -23,12 +23,14 @@ class BatchArithmetic:
         per_device: samples of one micro-batch.
         accumulation: micro-batches of one step on each rank.
         world_size: number of ranks.
+        is_packed: the plan cuts steps into packs; the other sizes made the global batch, and do no more.
     """
 
     global_batch_size: int
     per_device: int
     accumulation: int
     world_size: int
+    is_packed: bool = False
 
     @property
     def num_micro_batches(self) -> int:
@@ -37,10 +39,14 @@ class BatchArithmetic:
 
     @property
     def idle_share(self) -> float:
-        """Share of the ranks' micro-batches that hold no sample; 0 where the world size divides them."""
+        """Share of the ranks' micro-batches that hold no sample; 0 where the world size divides them, and of packs."""
+        if self.is_packed:
+            return 0.0
         return 1 - self.num_micro_batches / (self.accumulation * self.world_size)
 
     def __str__(self) -> str:
+        if self.is_packed and self.global_batch_size != self.per_device * self.accumulation * self.world_size:
+            return f"global batch {self.global_batch_size}, in packs, over {self.world_size} ranks"
         idle = f" ({self.idle_share:.0%} of it empty)" if self.idle_share else ""
         return (
             f"global batch {self.global_batch_size} = {self.per_device} per device x {self.accumulation} accumulation "
@@ -66,7 +72,11 @@ def resolve_batch(
     per_device = train.per_device_train_batch_size
     if global_batch_size is None:
         accumulation = train.gradient_accumulation_steps
-        return BatchArithmetic(per_device * accumulation * world_size, per_device, accumulation, world_size)
+        global_batch_size = per_device * accumulation * world_size
+        return BatchArithmetic(global_batch_size, per_device, accumulation, world_size, train.packing)
+    slots = per_device * world_size
+    if train.packing:
+        return BatchArithmetic(global_batch_size, per_device, math.ceil(global_batch_size / slots), world_size, True)
     if global_batch_size % per_device:
         fits = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
         nearest = " or ".join(str(size) for size in sorted(sorted(fits, key=lambda size: abs(size - per_device))[:2]))
@@ -74,7 +84,6 @@ def resolve_batch(
             f"global_batch_size {global_batch_size} is not a multiple of {per_device} (per_device_train_batch_size); "
             f"nearest: {_nearest(global_batch_size, per_device)}; or set per_device_train_batch_size to {nearest}"
         )
-    slots = per_device * world_size
     if global_batch_size % slots and not allow_idle:
         raise ConfigError(
             f"global_batch_size {global_batch_size} is not a multiple of {per_device} x {world_size} "

@@ -60,6 +60,9 @@ def findings(draft: Draft) -> Iterator[Finding]:
     yield from _media(draft.collator)
     yield from _processing(draft.collator, draft.train)
     yield from _training(draft.train, draft.data)
+    yield from _packing(draft.train, draft.collator)
+    yield from _lengths(draft.train, draft.data)
+    yield from _workers(draft.train, draft.data, draft.collator)
     yield from _towers(draft.peft)
     yield from _sources(draft.data)
 
@@ -229,6 +232,8 @@ def _processing(collator: VlmCollatorConfig, train: TrainConfig) -> Iterator[Fin
         message = f"{image.resize_mode} has nothing to do: max_size is null, so images are not resized"
         yield Finding(resize_path, message, also=((*resize_path[:-1], "max_size"),), is_notice=True)
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if train.packing and key == "per_device_train_batch_size":
+            continue  # packs have no padding
         size = getattr(train, key)
         if not text.padding and size > 1:
             message = f"got false, expected true: samples of different lengths need it; or set train.{key} {size} to 1"
@@ -260,6 +265,52 @@ def _training(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
         yield Finding(("data", "eval"), message, also=(("train", "eval_steps"),), is_notice=True)
 
 
+def _packing(train: TrainConfig, collator: VlmCollatorConfig) -> Iterator[Finding]:
+    packing: KeyPath = ("train", "packing")
+    tokens_path: KeyPath = ("train", "pack_max_tokens")
+    if not train.packing:
+        for key in ("pack_max_tokens", "pack_max_patches"):
+            if getattr(train, key) is not None:
+                yield Finding(("train", key), "has no effect: packing is false", also=(packing,), is_notice=True)
+        return
+    if train.group_by_length:
+        message = "has no effect: packing wins, as it pads nothing"
+        yield Finding(("train", "group_by_length"), message, also=(packing,), is_notice=True)
+    longest = collator.text_processing.max_length
+    if train.pack_max_tokens is not None and train.pack_max_tokens < longest:
+        message = (
+            f"{train.pack_max_tokens} is less than text_processing.max_length {longest}: a sample that is longer has a "
+            "pack of its own, as long as it is"
+        )
+        also: tuple[KeyPath, ...] = (packing, ("collator", "text_processing", "max_length"))
+        yield Finding(tokens_path, message, also=also, is_notice=True)
+
+
+def _lengths(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
+    if data.lengths != "auto" and not (train.group_by_length or train.packing):
+        message = f"{data.lengths} has no effect: neither group_by_length nor packing asks for lengths"
+        also: tuple[KeyPath, ...] = (("train", "group_by_length"), ("train", "packing"))
+        yield Finding(("data", "lengths"), message, also=also, is_notice=True)
+
+
+def _workers(train: TrainConfig, data: DataConfig, collator: VlmCollatorConfig) -> Iterator[Finding]:
+    """What worker processes are for, where there are none."""
+    if train.dataloader_num_workers:
+        return
+    workers: KeyPath = ("train", "dataloader_num_workers")
+    if train.dataloader_prefetch_factor != TrainConfig.model_fields["dataloader_prefetch_factor"].default:
+        message = "has no effect: with dataloader_num_workers 0 every step is prepared when it is needed"
+        yield Finding(("train", "dataloader_prefetch_factor"), message, also=(workers,), is_notice=True)
+    for key in ("sample_timeout_seconds", "worker_memory_gib"):
+        if getattr(data, key) != DataConfig.model_fields[key].default:
+            message = "has no effect: train.dataloader_num_workers is 0, so that samples are decoded in this process"
+            yield Finding(("data", key), message, also=(workers,), is_notice=True)
+    if collator.data_processing.video_data:
+        message = "0 decodes videos in the training process, which a damaged one can end or hang; 1 outlives that"
+        also = (("collator", "data_processing", "video_data"),)
+        yield Finding(workers, message, also=also, is_notice=True)
+
+
 def _towers(peft: PeftConfig) -> Iterator[Finding]:
     if set(peft.towers.model_dump().values()) == {"freeze"}:
         yield Finding(("peft", "towers"), "every tower is frozen: nothing to train; set one of them to lora")
@@ -275,11 +326,34 @@ def _sources(data: DataConfig) -> Iterator[Finding]:
         if source.repeat != 1:
             message = f"got {source.repeat:g}, expected 1: each held-out sample is evaluated once; remove it"
             yield Finding(("data", "eval", index, "repeat"), message)
+        if source.weight is not None:
+            message = f"got {source.weight:g}, expected none: each held-out sample is evaluated once; remove it"
+            yield Finding(("data", "eval", index, "weight"), message)
+    yield from _weights(data)
+
+
+def _weights(data: DataConfig) -> Iterator[Finding]:
+    weighted = [index for index, source in enumerate(data.train) if source.weight is not None]
+    for index, source in enumerate(data.train if weighted else ()):
+        path: KeyPath = ("data", "train", index)
+        if source.weight is None:
+            others = ", ".join(f"data.train[{number}]" for number in weighted)
+            yield Finding((*path, "weight"), f"is missing: {others} has one; give all sources a weight, or none")
+        elif "repeat" in source.model_fields_set:
+            message = f"does not apply beside weight {source.weight:g}; remove one of them"
+            yield Finding((*path, "repeat"), message, also=((*path, "weight"),))
 
 
 def _source(source: DataSource, path: KeyPath) -> Iterator[Finding]:
-    if source.path is not None and "://" in source.path:
-        yield Finding((*path, "path"), f"got the URL {source.path}: not yet supported; copy the data to a local disk")
+    paths = [source.path] if isinstance(source.path, str) else source.path or []
+    kinds = {"a URL" if "://" in one and not one.startswith("pipe:") else "a local path or pipe" for one in paths}
+    if len(kinds) > 1:
+        yield Finding((*path, "path"), "got URLs and local paths in one list; make them two sources")
+    elif kinds == {"a URL"} and source.type != "tar":
+        message = f"got a URL, expected a local path: over the network only tar shards are read, not {source.type}"
+        yield Finding((*path, "path"), message, also=((*path, "type"),))
+    if not isinstance(source.path, str | None) and source.type == "hf":
+        yield Finding((*path, "path"), "got a list, expected one directory; data_files may be a list")
     if source.type == "hf":
         if source.path is None and source.name is None:
             yield Finding(path, "a source of type hf needs a name (of a dataset) or a path (written by save_to_disk)")

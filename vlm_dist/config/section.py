@@ -9,6 +9,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+_BYTE_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?b|)\s*$", re.IGNORECASE)
+_BYTES_OF: dict[str, int] = {
+    unit + ending: base**power
+    for power, unit in enumerate(("", "K", "M", "G", "T"))
+    for ending, base in (("B", 1000), ("IB", 1024))
+    if unit or ending == "B"
+}
+
 
 class Section(BaseModel):
     """A mapping in a config file. Unknown keys and wrong types are errors; values cannot be changed once read."""
@@ -79,6 +87,27 @@ def _read_pattern_or_names(value: Any) -> Any:
     raise expected("all-linear, a list of module names, or a regular expression")
 
 
+def num_bytes(size: str) -> int:
+    """Return the bytes that a size such as `200GB` means.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    match = _BYTE_SIZE.match(size)
+    if match is None:
+        raise ValueError(size)
+    number, unit = match.groups()
+    return round(float(number) * _BYTES_OF[unit.upper() or "B"])
+
+
+def _check_byte_size(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return f"{value}B"
+    if isinstance(value, str) and _BYTE_SIZE.match(value) and num_bytes(value) > 0:
+        return value
+    raise expected("a size such as 200GB or 500GiB")
+
+
 def read_path(value: Any) -> Any:
     """Text to a path; `~` is the home directory. The empty text is no path."""
     if isinstance(value, str) and value.strip():
@@ -90,6 +119,9 @@ def read_path(value: Any) -> Any:
 
 #: A path, relative to the working directory unless it says otherwise.
 PathField = Annotated[Path, BeforeValidator(read_path)]
+
+#: `200GB` (powers of 1000) or `500GiB` (powers of 1024); a number is bytes. `num_bytes` reads it.
+ByteSize = Annotated[str, BeforeValidator(_check_byte_size)]
 
 #: Text that is not empty.
 Name = Annotated[str, Field(min_length=1)]

@@ -90,6 +90,10 @@ class TrainConfig(Section):
     fp16: bool = False
 
     group_by_length: bool = True
+    packing: bool = False  # wins over group_by_length
+    pack_max_tokens: Count | None = None  # null: per_device_train_batch_size x text_processing.max_length
+    pack_max_patches: Count | None = None  # of the vision tower; null: no limit
+    balance_scope: Literal["world", "node"] = "world"
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 2

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vlm_dist.config.message_variables import variables_in
-from vlm_dist.config.section import AS_TUPLE, Count, Name, PositiveNumber, Section, not_yet_supported
+from vlm_dist.config.section import AS_TUPLE, Count, Name, PositiveNumber, Section
 
 #: Keys of dataset_columns that hold media, and the placeholder that shows them.
 MEDIA_COLUMNS = {"image_column": "image", "video_column": "video"}
@@ -100,7 +100,7 @@ class ImageProcessing(Section):
 class FrameExtraction(Section):
     """Which frames of a video are looked at."""
 
-    library: Annotated[Literal["decord", "cv2"], not_yet_supported("cv2", instead="use decord")] = "decord"
+    library: Literal["decord", "cv2", "pyav", "torchcodec", "auto"] = "decord"
     sampling_strategy: Literal["uniform"] = "uniform"
     num_frames: Count = 8
 
@@ -108,7 +108,7 @@ class FrameExtraction(Section):
 class FileProcessing(Section):
     """How a video file is read."""
 
-    convert_to_rgb: bool = True
+    convert_to_rgb: bool = True  # false: the colours in the library's own order; cv2: blue, green, red
     max_duration: PositiveNumber | None = None  # seconds; null: no limit
 
 

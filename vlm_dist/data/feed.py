@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vlm_dist.data.error_budget import BAD_CLASSES, ErrorBudget, Overdrawn
+from vlm_dist.data.lookahead import Lookahead
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.types import NULL_CLASSES, MicroBatch, MicroBatchJob, NullSlot, StepPlan
+from vlm_dist.data.types import NULL_CLASSES, MicroBatch, MicroBatchJob, NullSlot, Source, StepPlan
 from vlm_dist.data.workers.pool import PoolClosedError, PoolJob, WorkerPool
 from vlm_dist.distributed.agreement import Pending, StepAgreement, Verdict
 from vlm_dist.errors import DataError, DistributedError
@@ -28,6 +30,13 @@ FEED_FIELDS = ("plan_digest", "stop", "fetch_error", *_COUNTS, *(f"null_{name}" 
 #: So many samples in a row that cannot be used are no bad luck: something is wrong with the data or the settings.
 MAX_BAD_SAMPLES_IN_A_ROW = 64
 
+#: What the steps that are under way at once may lose to samples that crash or hang: the others' votes on them wait for
+#: ours, and give up after 15 minutes.
+MAX_LOST_SECONDS = 720.0
+
+_LOOK_SECONDS = 10.0
+_NUM_EXAMPLES = 3
+
 
 @dataclass(slots=True)
 class FeedStep:
@@ -39,6 +48,8 @@ class FeedStep:
         verdict: what all ranks found; the same on all of them.
         data_wait_seconds: time that the caller waited for this step and for the other ranks' votes on it.
         error: why this rank could not make its micro-batches, where it could not.
+        overdrawn: with this step too many samples of all ranks were unusable; the same on all ranks.
+        bad_samples: this rank's first few unusable samples of the last steps, where the budget is overdrawn.
     """
 
     plan: StepPlan
@@ -46,6 +57,8 @@ class FeedStep:
     verdict: Verdict
     data_wait_seconds: float
     error: Exception | None = None
+    overdrawn: Overdrawn | None = None
+    bad_samples: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -76,6 +89,9 @@ class StepFeed:
         prefetch_steps: how many steps are fetched ahead of the one that is trained on, where the pool has workers.
         stop_requested: asked once per step, for the vote.
         quarantine: where unusable samples are written down.
+        max_bad_share: share of the samples of all ranks that may be unusable; see `ErrorBudget`.
+        sources: of the plan, told what will be read.
+        lookahead_steps: how many steps before it is needed.
     """
 
     def __init__(
@@ -89,8 +105,12 @@ class StepFeed:
         prefetch_steps: int = 2,
         stop_requested: Callable[[], bool] = lambda: False,
         quarantine: Quarantine | None = None,
+        max_bad_share: float = 1.0,
+        sources: Sequence[Source] = (),
+        lookahead_steps: int = 0,
     ) -> None:
         self._plan = plan
+        self._steps = Lookahead(plan, sources, rank, world_size, lookahead_steps)
         self._pool = pool
         self._rank = rank
         self._world_size = world_size
@@ -98,9 +118,12 @@ class StepFeed:
         self._next_step = start_step
         self._stop_requested = stop_requested
         self._quarantine = quarantine
-        self._digest = int(plan.digest[:15], 16)  # fits an int64
+        self._digest = int(plan.cut_digest[:15], 16)  # fits an int64
         self._bad_in_a_row: list[NullSlot] = []
+        self._budget = ErrorBudget(max_bad_share)
+        self._last_bad: deque[str] = deque(maxlen=_NUM_EXAMPLES)
         self._num_ahead = max(1, prefetch_steps)
+        self._lost_seconds: deque[float] = deque(maxlen=self._num_ahead)  # of the last steps
         self._room = threading.Semaphore(self._num_ahead)
         self._ready: queue.SimpleQueue[_Fetched | Exception | None] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -128,11 +151,20 @@ class StepFeed:
         self._check_digest(verdict)
         if fetched.error is not None:
             self._ended = True
+        null_slots = [slot for batch in fetched.micro_batches for slot in batch.null_slots]
         if self._quarantine is not None:
-            self._quarantine.record(
-                fetched.plan.step, [slot for batch in fetched.micro_batches for slot in batch.null_slots]
-            )
-        return FeedStep(fetched.plan, fetched.micro_batches, verdict, waited, fetched.error)
+            self._quarantine.record(fetched.plan.step, null_slots)
+        self._last_bad += [_describe(slot) for slot in null_slots if slot.null_class in BAD_CLASSES]
+        overdrawn = self._budget.add(verdict.total)
+        return FeedStep(
+            fetched.plan,
+            fetched.micro_batches,
+            verdict,
+            waited,
+            fetched.error,
+            overdrawn,
+            tuple(self._last_bad) if overdrawn else (),
+        )
 
     def close(self) -> None:
         """End the thread and the workers, also in the middle of an epoch."""
@@ -151,8 +183,9 @@ class StepFeed:
     def _fetch_here(self) -> _Fetched | None:
         if self._next_step >= self._plan.num_steps:
             return None
-        plan = self._plan.step(self._next_step)
+        plan = self._steps.take(self._next_step)
         self._next_step += 1
+        self._steps.look_ahead(plan.step)
         return self._collect(plan, self._submit(plan))
 
     def _take(self) -> _Fetched | None:
@@ -174,9 +207,10 @@ class StepFeed:
                 while self._next_step < self._plan.num_steps and self._room.acquire(blocking=not under_way):
                     if self._closing.is_set():
                         return
-                    plan = self._plan.step(self._next_step)
+                    plan = self._steps.take(self._next_step)
                     self._next_step += 1
                     under_way.append((plan, self._submit(plan)))
+                    self._steps.look_ahead(plan.step)
                 if not under_way:
                     self._ready.put(None)
                     return
@@ -204,7 +238,7 @@ class StepFeed:
         try:
             if isinstance(jobs, Exception):
                 raise jobs
-            batches = [job.result() for job in jobs]
+            batches = self._await(plan.step, jobs)
             self._break_circuit(batches)
         except PoolClosedError:
             raise
@@ -219,6 +253,35 @@ class StepFeed:
         counts["stop"] = int(self._stop_requested())
         return _Fetched(plan, batches, error, self._agreement.vote(plan.step, counts))
 
+    def _await(self, step: int, jobs: Sequence[PoolJob]) -> list[MicroBatch]:
+        """Wait for a step's micro-batches, unless so much is lost over them that the other ranks would give up.
+
+        Raises:
+            DataError: one cannot be made, or not in time.
+        """
+        started = time.monotonic()
+        batches: list[MicroBatch] = []
+
+        def lost_seconds() -> float:
+            """What this step is late by, at most: jobs lose time side by side, and mostly while nobody waits."""
+            return min(time.monotonic() - started, sum(job.lost_seconds for job in jobs))
+
+        for job in jobs:
+            while True:
+                try:
+                    batches.append(job.result(_LOOK_SECONDS))
+                    break
+                except TimeoutError:
+                    lost = lost_seconds() + sum(self._lost_seconds)
+                    if lost > MAX_LOST_SECONDS:
+                        raise DataError(
+                            f"step {step} and the {len(self._lost_seconds)} before it lost {lost:.0f} s to samples "
+                            "that crash or hang their decoder (the warnings above name them). "
+                            "Take them out of the data, or lower data.sample_timeout_seconds"
+                        ) from None
+        self._lost_seconds.append(lost_seconds())
+        return batches
+
     def _break_circuit(self, batches: Sequence[MicroBatch]) -> None:
         """Give up when nothing but unusable samples comes: the run would go on without learning anything."""
         for batch in batches:
@@ -227,7 +290,7 @@ class StepFeed:
             else:
                 self._bad_in_a_row += [slot for slot in batch.null_slots if slot.origin is not None]
         if len(self._bad_in_a_row) >= MAX_BAD_SAMPLES_IN_A_ROW:
-            shown = [f"  {slot.origin} ({slot.null_class}): {slot.message}" for slot in self._bad_in_a_row[:3]]
+            shown = [f"  {_describe(slot)}" for slot in self._bad_in_a_row[:_NUM_EXAMPLES]]
             raise DataError(
                 f"none of the last {len(self._bad_in_a_row)} samples can be used: the settings or the data are wrong\n"
                 + "\n".join(shown)
@@ -241,3 +304,7 @@ class StepFeed:
                 f"step {verdict.step}: ranks {odd} have another plan than rank 0; "
                 "check that all nodes see the same data and the same config"
             )
+
+
+def _describe(slot: NullSlot) -> str:
+    return f"{slot.origin} ({slot.null_class}): {slot.message}"

@@ -5,35 +5,54 @@ Stateless: the same job gives the same micro-batch, bit for bit, in any process 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
-from vlm_dist.data.encoding.collate import Example, Padding, collate
+from vlm_dist.data.encoding.collate import Example, Padding, attach_dummies, collate
+from vlm_dist.data.encoding.conversation import Conversation, Media
 from vlm_dist.data.encoding.dummies import DummyRows
-from vlm_dist.data.encoding.encode import Encoded, Encoder, TextLength
-from vlm_dist.data.encoding.fit import Fitter, VisualCounter
+from vlm_dist.data.encoding.encode import Encoder
+from vlm_dist.data.encoding.fit import Fitter, MediaSizes, VisualCounter
+from vlm_dist.data.encoding.fitted import FittingEncoder, SampleLength
 from vlm_dist.data.encoding.labels import RenderedText, Renderer, make_labels
+from vlm_dist.data.encoding.packing import PackRoom, RopePositions, pack
 from vlm_dist.data.encoding.preconditions import (
     check_columns,
     check_labels,
     choose_kinds,
     choose_pad_token,
+    choose_video_libraries,
     find_markers,
 )
-from vlm_dist.data.encoding.template import Media, MessageBuilder
-from vlm_dist.data.media.images import decode_image
+from vlm_dist.data.encoding.template import MessageBuilder
+from vlm_dist.data.lengths.headers import clip_shape, picture_size
+from vlm_dist.data.media.images import Picture, decode_image
 from vlm_dist.data.media.video import Clip, decode_video, repeat_last_frame
-from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, NullSlot, SampleOrigin, SampleRef, Source
-from vlm_dist.errors import ModelError, SkipSample
+from vlm_dist.data.types import (
+    IGNORE_INDEX,
+    MicroBatch,
+    MicroBatchJob,
+    NullSlot,
+    RawSample,
+    SampleOrigin,
+    SampleRef,
+    Source,
+)
+from vlm_dist.data.workers import progress
+from vlm_dist.errors import ModelError, SkipSample, VlmDistError
 from vlm_dist.families import Family
 
-_MAX_REFITS = 4
+T = TypeVar("T")
+
+#: What no sample can be to blame for: raised, where any other surprise costs the sample alone.
+_OUR_BUGS = (AssertionError, AttributeError, ImportError, NameError, NotImplementedError)
 
 
 @dataclass(slots=True)
@@ -42,6 +61,7 @@ class _Sample:
 
     example: Example
     origin: SampleOrigin
+    num_patches: int = 0
     reference: str = ""
     was_reduced: bool = False
     was_cut: bool = False
@@ -51,8 +71,8 @@ class Materialiser:
     """Turns jobs into micro-batches; never raises for the sake of one sample. Picklable.
 
     A sample that cannot be used leaves an empty slot. Where after decoding nothing of a kind in `towers` is left, one
-    dummy row per kind is added behind the samples: all ranks must call the same towers. A micro-batch without samples
-    is the smallest text plus these dummies. Nothing of a dummy carries loss or is counted as a token of the data.
+    dummy per kind is added behind the samples: all ranks must call the same towers. A micro-batch without samples is
+    the smallest text plus these dummies. Nothing of a dummy carries loss or is counted as a token of the data.
 
     Args:
         sources: the data; a `SampleRef.source` is a position in it.
@@ -63,6 +83,7 @@ class Materialiser:
         seed: of the run, for processors that draw random numbers.
         for_generation: prompts without the last answer, padded on the left; the answers are `references`, labels are
             all ignored.
+        rope_positions: the model's own positions of one sample; needed for packs of families with "mrope".
 
     Raises:
         ConfigError: the configuration does not fit the data or the family.
@@ -78,16 +99,19 @@ class Materialiser:
         towers: frozenset[str],
         seed: int,
         for_generation: bool = False,
+        rope_positions: RopePositions | None = None,
     ) -> None:
         self._sources = list(sources)
         self._family = family
         self._config = collator_config
         self._seed = seed
         self._for_generation = for_generation
+        self._rope_positions = rope_positions
         kinds = choose_kinds(collator_config, family)
         self._builder = MessageBuilder(collator_config.dataset_columns.mapping, collator_config.message_format, kinds)
         check_columns(self._builder, self._sources)
         check_labels(collator_config, family)
+        self._video_libraries = choose_video_libraries(collator_config)
         self._renderer = Renderer(processor, family)
         self._encoder = Encoder(processor, family)
         if collator_config.label_masking.mask_input_tokens and not self._encoder.finds_answers:
@@ -105,7 +129,9 @@ class Materialiser:
         markers = find_markers(kinds, processor, family)
         wanted = [kind for kind in sorted(kinds) if kind in towers]
         self._dummies = DummyRows(self._encoder, family, markers, wanted)
-        self._fitter = Fitter(VisualCounter(self._encoder, processor, markers), family)
+        self.visual_counter = VisualCounter(self._encoder, processor, markers)
+        fitter = Fitter(self.visual_counter, family)
+        self._fitting_encoder = FittingEncoder(self._encoder, fitter, collator_config, for_generation)
 
     def __call__(self, job: MicroBatchJob) -> MicroBatch:
         """Make one micro-batch.
@@ -113,20 +139,26 @@ class Materialiser:
         Raises:
             DataError: the storage fails; no single sample is to blame.
         """
+        outcomes = {slot: self._try(job, slot, self._materialise) for slot in _working_order(job)}
+        progress.between_samples()
         samples: list[_Sample] = []
         null_slots: list[NullSlot] = []
-        for ref in job.refs:
-            if ref is None:
-                null_slots.append(NullSlot(None, "tail", "the epoch has no more samples"))
-                continue
-            try:
-                samples.append(self._materialise(ref, job.step))
-            except SkipSample as skip:
-                origin = self._sources[ref.source].origin(ref.index)
-                null_slots.append(NullSlot(origin, skip.null_class, skip.message))
+        room = PackRoom(job.pack) if job.pack is not None else None
+        for slot in range(len(job.refs)):  # the plan's order, whatever the order of work was
+            outcome = outcomes[slot]
+            if isinstance(outcome, _Sample) and room is not None:
+                outcome = _take_room(room, outcome)
+            if isinstance(outcome, _Sample):
+                samples.append(outcome)
+            else:
+                null_slots.append(outcome)
         examples = [sample.example for sample in samples]
         examples += self._dummies.missing(examples)
-        inputs, labels = collate(examples, self._family, self._padding)
+        if job.pack is None:
+            rows = attach_dummies(examples, self._family, self._padding)
+            inputs, labels = collate(rows, self._family, self._padding)
+        else:
+            inputs, labels = pack(examples, self._family, self._rope_positions)
         return MicroBatch(
             job=job,
             inputs=inputs,
@@ -146,8 +178,66 @@ class Materialiser:
         """Name a job's samples, for messages."""
         return [str(self._sources[ref.source].origin(ref.index)) for ref in job.refs if ref is not None]
 
-    def _materialise(self, ref: SampleRef, step: int) -> _Sample:
-        raw = self._sources[ref.source].read(ref.index)
+    def measure(self, job: MicroBatchJob) -> list[SampleLength | NullSlot]:
+        """Count the tokens of each sample of a job, without decoding where its headers and its text tell all.
+
+        Raises:
+            DataError: the storage fails.
+        """
+        lengths = {slot: self._try(job, slot, self._measure) for slot in _working_order(job)}
+        return [lengths[slot] for slot in range(len(job.refs))]
+
+    def measure_text(self, fields: Mapping[str, Any] | None = None) -> int:
+        """Count the tokens of a sample's text as the model reads it, with the template but without its media.
+
+        Args:
+            fields: of the sample; None: one whose texts are all empty.
+
+        Raises:
+            SkipSample: a column is missing or not what it should be.
+        """
+        raw = RawSample(self._builder.empty_fields() if fields is None else fields, SampleOrigin("", "", ""))
+        _, rendered, _, answer = self._render(raw)
+        return self._encoder.measure_text(rendered, answer).num_tokens
+
+    def _try(self, job: MicroBatchJob, slot: int, make: Callable[[RawSample, SampleRef, int], T]) -> T | NullSlot:
+        """Make something of one sample, or say why there is nothing.
+
+        Raises:
+            DataError: the storage fails.
+        """
+        ref = job.refs[slot]
+        if ref is None:
+            return NullSlot(None, "tail", "the epoch has no more samples")
+        source = self._sources[ref.source]
+        try:
+            for condemned in job.condemned:
+                if condemned.slot == slot:
+                    raise SkipSample(condemned.null_class, condemned.message)
+            progress.reading(slot)
+            raw = source.read(ref.index)
+            progress.decoding(slot)
+            return make(raw, ref, job.step)
+        except SkipSample as skip:
+            return NullSlot(source.origin(ref.index), skip.null_class, skip.message)
+        except (VlmDistError, OSError, *_OUR_BUGS):
+            raise
+        except Exception as error:  # noqa: BLE001 - named in the quarantine; the error budget ends a run full of them
+            return NullSlot(source.origin(ref.index), "bad_sample", _in_a_line(error))
+
+    def _measure(self, raw: RawSample, ref: SampleRef, step: int) -> SampleLength:
+        conversation, rendered, _, answer = self._render(raw)
+        sizes = self._probe(conversation)
+        if sizes is not None and answer is None:
+            length = self._fitting_encoder.foretell(rendered, sizes)
+            if length is not None:
+                return length
+        sample = self._materialise(raw, ref, step)
+        num_visual = sample.num_patches // self._family.patches_per_token
+        return SampleLength(sample.example.labels.shape[0], num_visual, sample.was_reduced, sample.was_cut)
+
+    def _render(self, raw: RawSample) -> tuple[Conversation, RenderedText, str, str | None]:
+        """Make the conversation, its text, the reference and, where it is no part of the text, the answer."""
         conversation = self._builder.build(raw.fields)
         reference = ""
         answer: str | None = None
@@ -156,23 +246,38 @@ class Materialiser:
             answer = None if self._for_generation else reference
         wants_answer = self._for_generation or self._config.text_processing.add_generation_prompt
         rendered = self._renderer.render(conversation.messages, add_generation_prompt=wants_answer)
+        return conversation, rendered, reference, answer
+
+    def _probe(self, conversation: Conversation) -> MediaSizes | None:
+        """Tell the sizes of a sample's media from their headers; None where they do not tell."""
+        images = [picture_size(image, self._config.image_processing) for image in conversation.images]
+        settings, min_frames = self._config.video_processing, self._family.min_frames
+        clips = [clip_shape(video, settings, min_frames) for video in conversation.videos]
+        if None in images or None in clips:
+            return None
+        return MediaSizes(tuple(filter(None, images)), tuple(filter(None, clips)))
+
+    def _materialise(self, raw: RawSample, ref: SampleRef, step: int) -> _Sample:
+        conversation, rendered, reference, answer = self._render(raw)
         images = [self._decode_image(image) for image in conversation.images]
         clips = [self._decode_video(video) for video in conversation.videos]
         with _seeded(self._seed, step, ref):
-            encoded, was_reduced, was_cut = self._encode(rendered, images, clips, answer)
+            fitted = self._fitting_encoder.encode(rendered, images, clips, answer)
+        encoded = fitted.encoded
         if self._for_generation:
             labels = torch.full_like(encoded.tokens["input_ids"], IGNORE_INDEX)
         else:
             labels = make_labels(
                 encoded.tokens["input_ids"], encoded.answers, encoded.is_visual, self._config.label_masking
             )
-            if was_cut and not (labels != IGNORE_INDEX).any():
+            if fitted.was_cut and not (labels != IGNORE_INDEX).any():
                 raise SkipSample("too_long", "nothing of the answer is within max_length")
         kinds = frozenset(kind for kind, items in (("image", images), ("video", clips)) if items)
         example = Example(encoded.tokens, encoded.visual, labels, kinds)
-        return _Sample(example, raw.origin, reference, was_reduced, was_cut)
+        num_patches = int(encoded.is_visual.sum()) * self._family.patches_per_token
+        return _Sample(example, raw.origin, num_patches, reference, fitted.was_reduced, fitted.was_cut)
 
-    def _decode_image(self, media: Media) -> Image.Image:
+    def _decode_image(self, media: Media) -> Picture:
         settings = self._config.image_processing
         return decode_image(
             media,
@@ -187,65 +292,32 @@ class Materialiser:
             media,
             num_frames=settings.frame_extraction.num_frames,
             max_duration=settings.file_processing.max_duration,
+            libraries=self._video_libraries,
+            convert_to_rgb=settings.file_processing.convert_to_rgb,
         )
         return repeat_last_frame(clip, self._family.min_frames)
 
-    def _encode(
-        self, rendered: RenderedText, images: list[Image.Image], clips: list[Clip], answer: str | None
-    ) -> tuple[Encoded, bool, bool]:
-        """Encode a sample so that it fits `max_length`.
 
-        First the media are made smaller until the whole text fits beside them. Where the text alone is too long for
-        that, its end is cut, and the media take up to half of `max_length`.
+def _working_order(job: MicroBatchJob) -> list[int]:
+    """All slots, suspects first."""
+    return sorted(range(len(job.refs)), key=lambda slot: slot not in job.suspects)
 
-        Returns:
-            The sample, whether its media were made smaller, whether its text was cut.
 
-        Raises:
-            SkipSample: ("too_long") its smallest form does not fit, or `truncation` is off.
-        """
-        limit = self._config.text_processing.max_length
-        if not self._config.text_processing.truncation:
-            encoded = self._encoder.encode(rendered, images, clips, answer=answer)
-            if encoded.num_tokens > limit:
-                message = f"{encoded.num_tokens} tokens, max_length is {limit} and truncation is off"
-                raise SkipSample("too_long", message)
-            return encoded, False, False
-        budget, must_cut = self._visual_budget(self._encoder.measure_text(rendered, answer), images, clips)
-        was_reduced = False
-        for _ in range(_MAX_REFITS):
-            if self._fitter.count(images, clips) > budget:
-                smaller = self._fitter.shrink(images, clips, budget)
-                if smaller is None:
-                    break
-                images, clips = smaller
-                was_reduced = True
-            encoded = self._encoder.encode(rendered, images, clips, answer=answer)
-            num_over = encoded.num_tokens - limit
-            if num_over <= 0:
-                return encoded, was_reduced, False
-            if must_cut and encoded.num_kept < limit:
-                return encoded.cut(limit), was_reduced, True
-            budget = self._fitter.count(images, clips) - num_over  # the prediction was too low by so much
-        raise SkipSample("too_long", f"max_length {limit} has no room for the media in their smallest form")
+def _take_room(room: PackRoom, sample: _Sample) -> _Sample | NullSlot:
+    """Give a sample its room in the pack; None is left for a sample that is longer than planned."""
+    try:
+        room.take(sample.example.labels.shape[0], sample.num_patches)
+    except SkipSample as skip:
+        return NullSlot(sample.origin, skip.null_class, skip.message)
+    return sample
 
-    def _visual_budget(self, text: TextLength, images: list[Image.Image], clips: list[Clip]) -> tuple[int, bool]:
-        """Decide how many visual tokens a sample may have, and whether its text has to be cut."""
-        limit = self._config.text_processing.max_length
-        room_beside_text = limit - text.num_tokens
-        if self._fitter.count(images, clips) <= room_beside_text:
-            return room_beside_text, False
-        smallest = self._fitter.smallest(images, clips)
-        if smallest <= room_beside_text:
-            return room_beside_text, False
-        needed = text.num_before_answer if self._config.label_masking.mask_input_tokens else text.num_before_visual_end
-        room = limit - needed - 1
-        if self._for_generation or room < smallest:
-            raise SkipSample(
-                "too_long",
-                f"{text.num_tokens} tokens of text and at least {smallest} of media, max_length is {limit}",
-            )
-        return max(smallest, min(limit // 2, room)), True
+
+def _in_a_line(error: Exception) -> str:
+    """What an unforeseen error was, and in which file and line it arose."""
+    first_line = (str(error).strip().splitlines() or [""])[0][:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
+    return f"unforeseen {type(error).__name__} at {place}: {first_line}"
 
 
 @contextmanager

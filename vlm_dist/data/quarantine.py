@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vlm_dist.data.types import NullSlot
+from vlm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,10 @@ _NUM_SHOWN = 5  # per class; the file has all
 
 class Quarantine:
     """Appends null slots to `<output_dir>/quarantine/rank-<rank>.jsonl`; the file appears with the first line.
+
+    A line has source, shard, key, offset (of the sample's first member in the shard, in bytes; null where there is no
+    such thing), class, message, step, rank and purpose. Evaluation writes a sample down each time it meets it; a run
+    that is continued from a checkpoint writes down the steps since then again.
 
     Empty slots at the end of an epoch are counted, but not written: no sample is behind them.
 
@@ -36,8 +41,14 @@ class Quarantine:
         self._stream: IO[str] | None = None
         self._is_failed = False
 
-    def record(self, step: int, null_slots: Sequence[NullSlot]) -> None:
-        """Write down the null slots of one step."""
+    def record(self, step: int, null_slots: Sequence[NullSlot], purpose: str = "train") -> None:
+        """Write down the null slots of one step.
+
+        Args:
+            step: of the plan; for evaluation the position, in steps, at which it took place.
+            null_slots: of this process.
+            purpose: "train" or "eval".
+        """
         for slot in null_slots:
             self.counts[slot.null_class] += 1
             if slot.origin is None:
@@ -47,10 +58,12 @@ class Quarantine:
                     "source": slot.origin.source,
                     "shard": slot.origin.shard,
                     "key": slot.origin.key,
+                    "offset": slot.origin.offset,
                     "class": slot.null_class,
                     "message": slot.message,
                     "step": step,
                     "rank": self._rank,
+                    "purpose": purpose,
                 }
             )
             if self.counts[slot.null_class] <= _NUM_SHOWN:
@@ -86,8 +99,24 @@ class Quarantine:
 
 
 def read_quarantine(output_dir: str | Path) -> list[dict[str, Any]]:
-    """Read the records of all ranks, ordered by step."""
+    """Read the records of all ranks, ordered by step.
+
+    A last line that is cut is left out: the run that wrote it was killed, or is still writing.
+
+    Raises:
+        DataError: a file cannot be read, or is not one of these.
+    """
     records: list[dict[str, Any]] = []
     for path in sorted((Path(output_dir) / "quarantine").glob("rank-*.jsonl")):
-        records += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    continue
+                raise DataError(f"{path}:{number}: is no record of a skipped sample ({error})") from error
     return sorted(records, key=lambda record: (record["step"], record["rank"]))

@@ -44,6 +44,7 @@ class SampleOrigin:
     source: str
     shard: str
     key: str
+    offset: int | None = field(default=None, compare=False)  # of its first member in the shard, in bytes, where known
 
     def __str__(self) -> str:
         return f"{self.source}/{self.shard}:{self.key}"
@@ -106,7 +107,7 @@ class Layout:
     """Today's ranks, in node-major order; they decide how a step is cut, never which samples it has."""
 
     world_size: int = 1
-    ranks_per_node: int = 1
+    ranks_per_node: int = 1  # 0: nodes differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +127,45 @@ class PackBudget:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One optimizer step: the micro-batches of all ranks, independent of how many ranks there are today."""
+    """One optimizer step: its micro-batches, dealt to the ranks in rows of one each.
+
+    Attributes:
+        step: number, from 0.
+        epoch: epochs consumed when this step is done.
+        micro_batches: of all ranks.
+        pack: micro-batches are packs: one row of tokens, samples one after the other; None: padded rows.
+        world_size: for how many ranks it was cut; None: for any number.
+    """
 
     step: int
-    epoch: float  # epochs consumed when this step is done
+    epoch: float
     micro_batches: tuple[tuple[SampleRef | None, ...], ...]
-    pack: PackBudget | None = None  # micro-batches are packs: one row, samples one after the other; None: padded rows
+    pack: PackBudget | None = None
+    world_size: int | None = None
 
     def for_rank(self, rank: int, world_size: int) -> list[MicroBatchJob]:
-        """This rank's share, the same number of micro-batches on every rank (the last may be empty)."""
+        """This rank's share, the same number of micro-batches on every rank (the last may be empty).
+
+        Every other row is dealt backwards: micro-batches may come longest first, and no rank is to have always the
+        longer ones.
+        """
+        if self.world_size not in (None, world_size):
+            raise ValueError(f"step {self.step} was cut for {self.world_size} ranks, not for {world_size}")
         count = -(-len(self.micro_batches) // world_size)
-        indices = [m * world_size + rank for m in range(count)]
+        indices = [m * world_size + (rank if m % 2 == 0 else world_size - 1 - rank) for m in range(count)]
         return [
             MicroBatchJob(self.step, i, self.micro_batches[i] if i < len(self.micro_batches) else (), pack=self.pack)
             for i in indices
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """A slot whose sample must not be touched again: it crashed or hung its decoder, more than once."""
+
+    slot: int
+    null_class: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +177,8 @@ class MicroBatchJob:
     refs: tuple[SampleRef | None, ...]
     purpose: Literal["train", "eval", "generate"] = "train"  # which materialiser of the workers makes it
     pack: PackBudget | None = None
+    condemned: tuple[Condemned, ...] = ()  # slots that are left empty
+    suspects: tuple[int, ...] = ()  # slots that are tried first: should they fail again, little is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +196,8 @@ class MicroBatch:
 
     Attributes:
         inputs: keyword arguments of the model's forward, without labels: `input_ids [B, T]`, `attention_mask [B, T]`,
-            visual tensors as the family has them.
+            visual tensors as the family has them. A pack has B = 1, `position_ids` that begin again with each sample,
+            and no attention mask.
         labels: [B, T] int64; `label_masking.ignore_index` marks tokens without loss. Column 0 is always so, so that
             the number of targets is the same before and after the shift by one.
         num_target_tokens: labels that carry loss.

@@ -159,7 +159,8 @@ class Engine:
         Returns:
             Logits [B, T, V].
         """
-        outputs = self._deepspeed(**{name: self._to_device(value) for name, value in inputs.items()})
+        # no cache: transformers looks for the samples of a packed row only where there is none
+        outputs = self._deepspeed(**{name: self._to_device(value) for name, value in inputs.items()}, use_cache=False)
         return outputs.logits  # type: ignore[no-any-return]
 
     def backward(self, loss_sum: Tensor, num_target_tokens: int) -> None:

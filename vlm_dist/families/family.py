@@ -37,6 +37,11 @@ class Family:
         processor_needs_image: text-only samples go to the tokenizer instead.
         negative_image_ids: image tokens are ids below 0, which cannot be labels.
         fallback_template: chat template (Jinja) for processors that have none.
+        packing: how samples that share one row are told apart: "positions" restart at each sample; "mrope" besides
+            asks the model itself to number the tokens of its images and videos; None: they cannot be.
+        packing_refusal: why not, where `packing` is None; the end of a sentence about the family's models.
+        patches_per_token: patches of the vision tower behind one visual token.
+        equal_frames: the clips of one micro-batch must have the same number of frames.
     """
 
     name: str
@@ -58,3 +63,7 @@ class Family:
     processor_needs_image: bool = False
     negative_image_ids: bool = False
     fallback_template: str | None = None
+    packing: Literal["positions", "mrope"] | None = None
+    packing_refusal: str = "nobody has proven yet that they keep packed samples apart"
+    patches_per_token: int = 1
+    equal_frames: bool = False

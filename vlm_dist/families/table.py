@@ -20,6 +20,8 @@ QWEN2_VL = Family(
     fallback_template=CHATML_TEMPLATE.replace("[image]", "<|vision_start|><|image_pad|><|vision_end|>").replace(
         "[video]", "<|vision_start|><|video_pad|><|vision_end|>"
     ),
+    packing="mrope",
+    patches_per_token=4,  # 2 x 2 patches are merged
 )
 
 LLAVA = Family(
@@ -30,6 +32,7 @@ LLAVA = Family(
     follows_resolution=False,
     dummy_side_pixels=28,
     fallback_template=USER_ASSISTANT_TEMPLATE,
+    packing="positions",
 )
 
 PALIGEMMA = Family(
@@ -42,6 +45,7 @@ PALIGEMMA = Family(
     answer_argument="suffix",
     processor_needs_image=True,
     fallback_template=PLAIN_TEMPLATE,
+    packing_refusal="the tokens of a prompt see each other in both directions, over the borders of samples",
 )
 
 #: For a model type without a row: what most processors have in common, videos with priority over images.

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vlm_dist.model.checkpointing import enable_gradient_checkpointing
     from vlm_dist.model.loading import load_model, load_processor, parse_dtype
     from vlm_dist.model.lora import attach_adapter, format_tower_table, tower_table
+    from vlm_dist.model.positions import load_rope_index
     from vlm_dist.model.registry import ModelClasses, resolve_classes
     from vlm_dist.model.towers import Towers, find_towers
 
@@ -23,6 +24,7 @@ _HOMES = {
     "format_tower_table": "lora",
     "load_model": "loading",
     "load_processor": "loading",
+    "load_rope_index": "positions",
     "parse_dtype": "loading",
     "resolve_classes": "registry",
     "tower_table": "lora",
@@ -37,6 +39,7 @@ __all__ = [
     "format_tower_table",
     "load_model",
     "load_processor",
+    "load_rope_index",
     "parse_dtype",
     "resolve_classes",
     "tower_table",

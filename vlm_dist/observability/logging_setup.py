@@ -29,6 +29,17 @@ class _CurrentStderr(logging.Handler):
             self.handleError(record)
 
 
+def show_messages(form: str) -> None:
+    """Show warnings of all loggers on standard error, in this form; takes the place of an earlier call."""
+    handler = _CurrentStderr()
+    handler.setFormatter(logging.Formatter(form))
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if isinstance(h, _CurrentStderr)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+
+
 def configure_logging(rank: int, world_size: int = 1) -> None:
     """Set up logging for this process; may be called again, also after libraries were imported.
 
@@ -37,13 +48,7 @@ def configure_logging(rank: int, world_size: int = 1) -> None:
         world_size: number of ranks; lines carry the rank where there are several.
     """
     prefix = f"[rank {rank}] " if world_size > 1 else ""
-    handler = _CurrentStderr()
-    handler.setFormatter(logging.Formatter(f"{prefix}%(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    for old in [h for h in root.handlers if isinstance(h, _CurrentStderr)]:
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING)
+    show_messages(f"{prefix}%(levelname)s %(name)s: %(message)s")
     logging.getLogger("vlm_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.captureWarnings(True)
     if rank != 0 or not sys.stderr.isatty():

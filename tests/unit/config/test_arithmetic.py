@@ -49,6 +49,14 @@ def test_a_micro_batch_that_does_not_fit_is_refused_even_then() -> None:
         resolve_batch(train(8), 2, 100, allow_idle=True)
 
 
+def test_packs_fit_any_number_of_ranks() -> None:
+    packed = TrainConfig(per_device_train_batch_size=8, gradient_accumulation_steps=2, packing=True)
+    assert str(resolve_batch(packed, 3)) == "global batch 48 = 8 per device x 2 accumulation x 3 ranks"
+    resumed = resolve_batch(packed, 5, 100)
+    assert (resumed.global_batch_size, resumed.idle_share) == (100, 0)
+    assert str(resumed) == "global batch 100, in packs, over 5 ranks"
+
+
 def test_nearest_is_never_zero() -> None:
     with pytest.raises(ConfigError, match=r"nearest: 32$"):
         resolve_batch(train(4), 8, 16)

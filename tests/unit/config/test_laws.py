@@ -20,6 +20,18 @@ def messages(*content: str) -> str:
 TEXT, IMAGE, VIDEO = "{type: text, text: '{question_column}'}", "{type: image}", "{type: video}"
 
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "JSON lines over the network": (
+        ["data.train=[{type: jsonl, path: 'https://host/rows.jsonl'}]"],
+        "data.train[0].path: got a URL, expected a local path: over the network only tar shards are read, not jsonl",
+    ),
+    "URLs and local paths in one source": (
+        ["data.train=[{type: tar, path: ['s3://bucket/a.tar', 'data/b.tar']}]"],
+        "data.train[0].path: got URLs and local paths in one list; make them two sources",
+    ),
+    "several directories of save_to_disk": (
+        ["data.train=[{type: hf, path: [a, b]}]"],
+        "data.train[0].path: got a list, expected one directory; data_files may be a list",
+    ),
     "both precisions": (["train.fp16=true"], "train.fp16: got true beside bf16: true"),
     "bf16 on a float16 model": (
         ["model.loading_params.torch_dtype=torch.float16"],
@@ -78,6 +90,23 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "tar without path": (["data.train=[{type: tar}]"], "data.train[0]: a source of type tar needs a path"),
     "hf without name": (["data.train=[{type: hf, split: train}]"], "needs a name (of a dataset) or a path"),
     "split of a tar": (["data.train[0].split=train"], "does not apply to a source of type tar"),
+    "weights of some sources": (
+        ["data.train=[{type: tar, path: a, weight: 1}, {type: tar, path: b}]"],
+        "data.train[1].weight: is missing: data.train[0] has one; give all sources a weight, or none",
+    ),
+    "weight beside repeat": (
+        ["data.train=[{type: tar, path: a, weight: 1, repeat: 2}]"],
+        "data.train[0].repeat: does not apply beside weight 1",
+    ),
+    "weight of held-out samples": (["data.eval=[{type: tar, path: a, weight: 2}]"], "data.eval[0].weight: got 2"),
+    "condition without sign": (
+        ["data.train=[{type: tar, path: a, where: {image_width: '224'}}]"],
+        'data.train[0].where: got a mapping, expected a condition such as ">= 224"',
+    ),
+    "condition on text by size": (
+        ["data.train=[{type: tar, path: a, where: {language: '> en'}}]"],
+        "expected a number behind >",
+    ),
     "data_files of a saved dataset": (
         ["data.eval=[{type: hf, path: saved, data_files: a}]"],
         "data.eval[0].data_files: does not apply beside path",
@@ -104,7 +133,32 @@ SAID: dict[str, tuple[list[str], str]] = {
     "resize without size": (["collator.image_processing.resize_mode=crop"], "crop has nothing to do: max_size is null"),
     "generation prompt": (["collator.text_processing.add_generation_prompt=true"], "usually false"),
     "two warm-ups": (["train.warmup_steps=5"], "train.warmup_ratio: has no effect: warmup_steps 5 wins"),
+    "packing beats grouping": (["train.packing=true"], "train.group_by_length: has no effect: packing wins"),
+    "budget without packing": (
+        ["train.pack_max_tokens=4096"],
+        "train.pack_max_tokens: has no effect: packing is false",
+    ),
+    "budget below a sample": (
+        ["train.packing=true", "train.pack_max_tokens=1024"],
+        "1024 is less than text_processing.max_length 2048",
+    ),
+    "nobody asks for lengths": (
+        ["train.group_by_length=false", "data.lengths=exact"],
+        "data.lengths: exact has no effect: neither group_by_length nor packing asks for lengths",
+    ),
     "unused variable": (["collator.dataset_columns.difficulty=level"], "message_format does not use"),
+    "nobody prefetches": (
+        ["train.dataloader_num_workers=0", "train.dataloader_prefetch_factor=4"],
+        "train.dataloader_prefetch_factor: has no effect: with dataloader_num_workers 0",
+    ),
+    "nobody to watch": (
+        ["train.dataloader_num_workers=0", "data.sample_timeout_seconds=30"],
+        "data.sample_timeout_seconds: has no effect: train.dataloader_num_workers is 0",
+    ),
+    "videos in the training process": (
+        ["train.dataloader_num_workers=0", *ONLY_VIDEO],
+        "train.dataloader_num_workers: 0 decodes videos in the training process",
+    ),
 }
 
 
@@ -125,7 +179,14 @@ QUIET: dict[str, list[str]] = {
         "train.per_device_train_batch_size=1",
         "train.per_device_eval_batch_size=1",
     ],
+    "packs without padding": [
+        "train.packing=true",
+        "train.group_by_length=false",
+        "collator.text_processing.padding=false",
+        "train.per_device_eval_batch_size=1",
+    ],
     "own variable": ["collator.dataset_columns.hint=h", messages(IMAGE, "{type: text, text: '{hint}?'}")],
+    "no workers": ["train.dataloader_num_workers=0"],
     "video processing off beside video_data off": ["collator.video_processing.enabled=false"],
     "no system prompt, not used": ["collator.message_format.system_prompt=null", messages(IMAGE, TEXT)],
     "JSON in a prompt": [

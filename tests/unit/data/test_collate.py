@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from vlm_dist.data.encoding.collate import Example, Padding, collate
+from vlm_dist.data.encoding.collate import Example, Padding, attach_dummies, collate
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.errors import DataError
-from vlm_dist.families import GENERIC
+from vlm_dist.families import GENERIC, family_for
+
+LLAVA, PALIGEMMA = family_for("llava"), family_for("paligemma")
 
 
 def example(*ids, visual=None, is_dummy=False, **tokens):
@@ -57,3 +59,23 @@ def test_a_key_that_only_some_rows_have():
     rows = [example(1, 2, token_type_ids=torch.tensor([0, 1])), example(3)]
     inputs, _ = collate(rows, GENERIC, Padding(0))
     assert inputs["token_type_ids"].tolist() == [[0, 1], [0, 0]]
+
+
+def test_dummies_take_the_place_of_padding_behind_the_shortest_row():
+    picture = {"pixel_values": torch.ones(1, 2), "grid": torch.ones(1, 3)}
+    rows = [example(1, 2, 3, 4), example(5), example(9, 9, visual=picture, is_dummy=True)]
+    attached = attach_dummies(rows, LLAVA, Padding(0))
+    assert [row.tokens["input_ids"].tolist() for row in attached] == [[1, 2, 3, 4], [5, 9, 9]]
+    assert attached[1].labels.tolist() == [5, 9, 9]
+    assert attached[1].visual.keys() == picture.keys()
+    assert not attached[1].is_dummy
+    for family, padding in (
+        (PALIGEMMA, Padding(0)),  # sees forwards, too
+        (LLAVA, Padding(0, side="left")),  # the end of a prompt is where generation goes on
+        (LLAVA, Padding(0, enabled=False)),  # one row would be longer than the others
+    ):
+        assert attach_dummies(rows, family, padding) == rows
+    nothing_else = [example(7, is_dummy=True), example(9, is_dummy=True)]
+    (row,) = attach_dummies(nothing_else, LLAVA, Padding(0, enabled=False))
+    assert row.tokens["input_ids"].tolist() == [7, 9]
+    assert row.is_dummy

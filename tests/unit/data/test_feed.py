@@ -14,6 +14,7 @@ from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import NULL_CLASSES, MicroBatch, NullSlot, SampleOrigin
+from vlm_dist.data.workers import progress
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement, Verdict
 from vlm_dist.errors import DataError, DistributedError
@@ -154,6 +155,43 @@ def test_nothing_but_bad_samples_ends_the_run_and_says_why(monkeypatch):
     assert "s/t:4 (decode): cut" in str(steps[-1].error)
     with make_feed(Maker(bad_rows=tuple(range(1, NUM_ROWS, 2)))) as feed:
         assert len(list(feed)) == 6  # every second one is
+
+
+def test_too_many_bad_samples_are_told_with_the_step_that_was_one_too_many():
+    with make_feed(Maker(bad_rows=(1, 6, 9)), max_bad_share=0.0015) as feed:  # of a thousand: one
+        first, second = next(feed), next(feed)
+    assert first.overdrawn is None
+    assert first.bad_samples == ()
+    assert (second.overdrawn.by_class["decode"], second.overdrawn.num_samples) == (2, 8)
+    assert second.bad_samples == ("s/t:1 (decode): cut", "s/t:6 (decode): cut")
+    assert second.error is None  # nothing failed: whoever trains decides
+
+
+@dataclass(frozen=True)
+class Hanging(Maker):
+    """The row `bad_rows[0]` never comes back from its decoder."""
+
+    def __call__(self, job):
+        condemned = {one.slot for one in job.condemned}
+        for slot, ref in enumerate(job.refs):
+            progress.decoding(slot)
+            if ref is not None and ref.index in self.bad_rows and slot not in condemned:
+                time.sleep(600)
+        progress.between_samples()
+        return super().__call__(job)
+
+
+def test_a_step_that_loses_too_much_time_is_voted_and_not_waited_for(monkeypatch):
+    """The other ranks would give up, each with a message of its own that names no sample."""
+    monkeypatch.setattr(feed_module, "MAX_LOST_SECONDS", 1.5)
+    monkeypatch.setattr(feed_module, "_LOOK_SECONDS", 0.1)
+    plan = Plan([MemorySource([{}] * NUM_ROWS)], [1.0], PlanSettings(4, 2, shuffle=False))
+    pool = WorkerPool(Hanging(bad_rows=(4, 5, 6, 7)), 1, sample_timeout_seconds=0.5)
+    with StepFeed(plan, pool, 0, 1, StepAgreement(FEED_FIELDS)) as feed:
+        steps = list(feed)
+    assert [step.plan.step for step in steps] == [0, 1]
+    assert steps[1].verdict.ranks_with("fetch_error") == [0]
+    assert "step 1" in str(steps[1].error) and "data.sample_timeout_seconds" in str(steps[1].error)
 
 
 def test_every_count_of_a_vote_is_a_field():

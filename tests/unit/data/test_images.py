@@ -1,21 +1,28 @@
 """Images: upright, RGB, of the configured size; damaged ones are skipped, never raised as anything else."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from tests.unit.data.samples import jpeg, noise, png
 from vlm_dist.data.media import images
-from vlm_dist.data.media.images import decode_image, resize_image
+from vlm_dist.data.media.images import as_pil, decode_image, image_size, resize_image
 from vlm_dist.errors import SkipSample
+
+
+def decoded(data, **options):
+    return as_pil(decode_image(data, **options))
 
 
 def test_a_path_and_its_bytes_give_the_same_picture(tmp_path):
     data = jpeg(40, 30)
     (tmp_path / "a.jpg").write_bytes(data)
-    assert decode_image(data).tobytes() == decode_image(tmp_path / "a.jpg").tobytes()
+    assert decoded(data).tobytes() == decoded(tmp_path / "a.jpg").tobytes()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -28,7 +35,7 @@ def test_exif_rotation_is_applied(orientation):
     exif[0x0112] = orientation
     stream = io.BytesIO()
     stored.save(stream, "PNG", exif=exif)
-    image = decode_image(stream.getvalue())
+    image = decoded(stream.getvalue())
     assert image.size == (40, 24)
     assert image.getpixel((2, 2)) == (255, 0, 0)
     assert image.getpixel((38, 22)) == (255, 255, 255)
@@ -36,21 +43,21 @@ def test_exif_rotation_is_applied(orientation):
 
 def test_every_mode_becomes_rgb():
     grey16 = Image.fromarray(np.full((4, 4), 65535 // 2, np.uint16))
-    assert decode_image(png(grey16)).getpixel((0, 0)) == (127, 127, 127)
+    assert decoded(png(grey16)).getpixel((0, 0)) == (127, 127, 127)
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert decode_image(png(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert decoded(png(clear)).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("RGB", (4, 4), (0, 0, 255)).convert("P")
-    assert decode_image(png(palette)).getpixel((0, 0)) == (0, 0, 255)
-    assert decode_image(png(Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
-    assert decode_image(png(Image.new("LA", (4, 4), (7, 255)))).getpixel((0, 0)) == (7, 7, 7)
+    assert decoded(png(palette)).getpixel((0, 0)) == (0, 0, 255)
+    assert decoded(png(Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
+    assert decoded(png(Image.new("LA", (4, 4), (7, 255)))).getpixel((0, 0)) == (7, 7, 7)
     stream = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(stream, "JPEG")
-    red, green, blue = decode_image(stream.getvalue()).getpixel((0, 0))
+    red, green, blue = decoded(stream.getvalue()).getpixel((0, 0))
     assert red > 240
     assert max(green, blue) < 15
     stream = io.BytesIO()
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(stream, "TIFF")
-    assert decode_image(stream.getvalue()).getpixel((0, 0)) == (128, 128, 128)
+    assert decoded(stream.getvalue()).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_convert_to_rgb_false_leaves_the_mode():
@@ -84,7 +91,7 @@ def test_a_pixel_bomb_is_skipped_before_it_is_decoded(monkeypatch):
 )
 def test_resize_modes(mode, max_size, size):
     assert resize_image(Image.new("RGB", (100, 50)), mode, max_size).size == size
-    assert decode_image(jpeg(100, 50), resize_mode=mode, max_size=max_size).size == size
+    assert image_size(decode_image(jpeg(100, 50), resize_mode=mode, max_size=max_size)) == size
 
 
 def test_crop_takes_the_centre_and_stretch_takes_all():
@@ -95,7 +102,53 @@ def test_crop_takes_the_centre_and_stretch_takes_all():
     assert 70 < np.asarray(resize_image(image, "stretch", 50)).mean() < 100
 
 
-def test_large_jpegs_are_decoded_small_but_not_smaller_than_asked():
-    image = decode_image(jpeg(800, 600), max_size=150)
-    assert image.size == (150, 112)
-    assert noise(8, 8).shape == (8, 8, 3)
+def test_what_is_resized_is_within_a_level_of_pillow():
+    smooth = Image.fromarray(noise(16, 12)).resize((640, 480), Image.Resampling.BICUBIC)
+    reference = np.asarray(smooth.resize((150, 112), Image.Resampling.BICUBIC)).astype(int)
+    ours = np.asarray(decoded(png(smooth), max_size=150)).astype(int)
+    assert ours.shape == reference.shape
+    assert np.abs(ours - reference).max() <= 1
+    square = np.asarray(smooth.crop((80, 0, 560, 480)).resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.asarray(decoded(png(smooth), max_size=96, resize_mode="crop")).astype(int) - square).max() <= 1
+
+
+def test_the_content_tells_the_format_and_a_page_is_no_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(jpeg(40, 30))
+    assert image_size(decode_image(tmp_path / "a.png")) == (40, 30)
+    with pytest.raises(SkipSample, match="cannot identify"):
+        decode_image(b"<!DOCTYPE html><html><body>404 Not Found</body></html>")
+
+
+def test_no_program_is_started_for_a_picture():
+    with pytest.raises(SkipSample):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(/tmp/x) (w) file\n")
+
+
+def _png_with(*chunks):
+    head, rest = png(Image.new("RGB", (8, 8)))[:33], png(Image.new("RGB", (8, 8)))[33:]
+    made = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    return head + b"".join(made) + rest
+
+
+def gif_of(image):
+    stream = io.BytesIO()
+    image.save(stream, "GIF")
+    return stream.getvalue()
+
+
+def test_bombs_of_few_bytes_cost_little():
+    text = _png_with((b"zTXt", b"k\0\0" + zlib.compress(bytes(300_000_000), 9)))  # 300 MB of text in 300 KB
+    gif = bytearray(gif_of(Image.new("P", (8, 8))))
+    gif[6:10] = struct.pack("<HH", 65535, 65535)
+    wide = bytearray(jpeg(64, 48))
+    frame = wide.index(b"\xff\xc0") + 5
+    wide[frame : frame + 4] = struct.pack(">HH", 65000, 65000)
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", 2)
+    tiff += struct.pack("<HHII", 256, 4, 1, 100_000) + struct.pack("<HHII", 257, 4, 0xFFFFFFFF, 8) + bytes(4)
+    before = psutil.Process().memory_info().rss
+    for bomb in (text, bytes(gif), bytes(wide), tiff):
+        with pytest.raises(SkipSample):
+            decode_image(bomb)
+    assert psutil.Process().memory_info().rss - before < 150e6

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from vlm_dist.data.index.facts import FACTS_DTYPE, media_kind, probe_image, probe_video
 from vlm_dist.data.index.mp4_header import read_mp4_header
+from vlm_dist.data.index.open_index import load_or_scan
 from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index, sidecar_paths, write_index
-from vlm_dist.data.index.tar_scan import load_or_scan, scan_tar
+from vlm_dist.data.index.tar_scan import scan_tar
 from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.errors import DataError
 
@@ -64,7 +65,7 @@ def test_an_index_goes_to_index_dir_where_the_data_is_read_only(tmp_path, monkey
     beside.mkdir()  # nothing can be written there, even by root
     first = load_or_scan(shard, tmp_path / "index")
     assert kept.exists()
-    monkeypatch.setattr("vlm_dist.data.index.tar_scan.scan_tar", None)  # would fail if it were indexed again
+    monkeypatch.setattr("vlm_dist.data.index.open_index.scan_tar", None)  # would fail if it were indexed again
     assert load_or_scan(shard, tmp_path / "index").digest == first.digest
 
 
@@ -169,7 +170,7 @@ def test_a_video_is_measured_by_its_header(tmp_path, container_format):
 
 
 def test_an_mp4_needs_no_decoder(monkeypatch):
-    monkeypatch.setattr("vlm_dist.data.index.facts._probe_with_decord", None)
+    monkeypatch.setattr("vlm_dist.data.index.facts._probe_with_library", None)
     assert probe_video(clip(7)) == (7, pytest.approx(0.875), 64, 48)
 
 

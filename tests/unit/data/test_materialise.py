@@ -102,12 +102,16 @@ def test_without_masking_all_but_padding_and_pictures_carries_loss(processor):
     visual = (ids == processor.image_token_id) | (ids == processor.video_token_id)
     expected = mask & ~visual
     expected[:, 0] = False
-    expected[2:] = False  # the dummy clip
+    length = materialiser(processor, frozenset(), label_masking={})(job(TEXT)).num_tokens
+    expected[1, length:] = False  # the dummy clip, behind the shorter sample
     assert torch.equal(plain.labels != IGNORE_INDEX, expected)
     learned = materialiser(processor, label_masking={"mask_image_token": False, "mask_pad_token": False})(
         job(IMAGE, TEXT)
     )
-    assert (learned.labels[:2, 1:] == ids[:2, 1:]).all()
+    expected[0, 1:] = True
+    expected[1, 1:length] = expected[1, ~mask[1]] = True
+    assert torch.equal(learned.labels != IGNORE_INDEX, expected)
+    assert (learned.labels == ids)[expected].all()
 
 
 def test_empty_slots_keep_the_towers_at_work(processor):
@@ -117,7 +121,8 @@ def test_empty_slots_keep_the_towers_at_work(processor):
         assert batch.inputs["video_grid_thw"].tolist() == [[1, 2, 2]]
         assert batch.num_samples == batch.num_target_tokens == batch.num_tokens == 0
         assert (batch.labels == IGNORE_INDEX).all()
-        assert batch.inputs["input_ids"].shape[0] == 3
+        assert batch.inputs["input_ids"].shape == (1, batch.num_computed_tokens)
+        assert batch.num_computed_tokens < 10
     slots = make(job(CORRUPT, None, CUT)).null_slots
     assert [slot.null_class for slot in slots] == ["bad_sample", "tail", "decode"]
     assert [str(slot.origin) for slot in slots] == ["memory/shard:3", "None", "memory/shard:5"]
@@ -125,12 +130,12 @@ def test_empty_slots_keep_the_towers_at_work(processor):
 
 def test_a_dummy_only_where_a_kind_is_missing_and_wanted(processor):
     make = materialiser(processor)
-    assert make(job(TWO)).inputs["input_ids"].shape[0] == 1
+    assert make(job(TWO)).num_computed_tokens == make(job(TWO)).num_tokens
     batch = make(job(IMAGE, CORRUPT))
-    assert batch.inputs["input_ids"].shape[0] == 2
     assert batch.inputs["video_grid_thw"].tolist() == [[1, 2, 2]]
     assert batch.num_samples == 1
-    assert (batch.labels[1] == IGNORE_INDEX).all()
+    assert batch.num_tokens < batch.num_computed_tokens < batch.num_tokens + 5
+    assert (batch.labels[0, batch.num_tokens :] == IGNORE_INDEX).all()
     text_only = materialiser(processor, towers=frozenset())(job(TEXT))
     assert set(text_only.inputs) == {"input_ids", "attention_mask", "mm_token_type_ids"}
 
@@ -217,7 +222,7 @@ def test_prompts_for_generation(processor):
 
 
 def test_add_generation_prompt_in_training(processor):
-    make = materialiser(processor, text_processing={"add_generation_prompt": True})
+    make = materialiser(processor, frozenset(), text_processing={"add_generation_prompt": True})
     ids = make(job(TEXT)).inputs["input_ids"][0]
     assert processor.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
 

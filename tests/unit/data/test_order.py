@@ -5,18 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_dist.data.plan.order import (
-    EpochOrder,
-    PassOrder,
-    SourceShape,
-    hash_rows,
-    hash_words,
-    merge_groups,
-    num_groups,
-    num_windows,
-    rank_within,
-    shares,
-)
+from vlm_dist.data.plan.hashing import hash_rows, hash_words
+from vlm_dist.data.plan.order import EpochOrder, PassOrder, SourceShape, shares
+from vlm_dist.data.plan.windows import merge_groups, num_groups, num_windows, rank_within
 
 
 def test_the_hash_is_the_same_everywhere():

@@ -260,7 +260,8 @@ def test_a_billion_samples_are_planned_by_window():
         ((3,), [0.0], {}, "repeat must be above 0"),
         ((3,), [float("nan")], {}, "repeat must be above 0"),
         ((3,), [1.0], {"num_epochs": 0.0}, "num_epochs"),
-        ((3,), [1.0], {"mode": "packing"}, "packing"),
+        ((3,), [1.0], {"mode": "packing"}, "budget"),
+        ((3,), [1.0], {"mode": "sorted"}, "padding, group_by_length or packing"),
         ((3,), [1.0], {"global_batch_size": 0}, "positive"),
     ],
 )

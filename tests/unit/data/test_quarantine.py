@@ -2,12 +2,16 @@
 
 import json
 
+import pytest
+
+from vlm_dist import cli
 from vlm_dist.data.quarantine import Quarantine, read_quarantine
 from vlm_dist.data.types import NullSlot, SampleOrigin
+from vlm_dist.errors import DataError, ExitCode
 
 
 def slot(key, null_class="decode"):
-    return NullSlot(SampleOrigin("vqa", "vqa-000.tar", key), null_class, "그림이 깨졌다")
+    return NullSlot(SampleOrigin("vqa", "vqa-000.tar", key, 1536), null_class, "그림이 깨졌다")
 
 
 def test_lines_and_counts(tmp_path):
@@ -20,10 +24,12 @@ def test_lines_and_counts(tmp_path):
         "source": "vqa",
         "shard": "vqa-000.tar",
         "key": "a",
+        "offset": 1536,
         "class": "decode",
         "message": "그림이 깨졌다",
         "step": 7,
         "rank": 3,
+        "purpose": "train",
     }
     assert [json.loads(line)["key"] for line in lines] == ["a", "b", "c"]
 
@@ -40,3 +46,39 @@ def test_nothing_skipped_leaves_no_file(tmp_path):
         quarantine.record(0, [NullSlot(None, "tail", "the end")])
     assert list(tmp_path.iterdir()) == []
     assert read_quarantine(tmp_path) == []
+
+
+def test_a_line_that_a_killed_run_left_half_written_is_left_out(tmp_path):
+    with Quarantine(tmp_path, 0) as quarantine:
+        quarantine.record(0, [slot("a")])
+    append(quarantine.path, '{"source": "vq')
+    assert [record["key"] for record in read_quarantine(tmp_path)] == ["a"]
+    append(quarantine.path, "\n")
+    with pytest.raises(DataError, match=r"rank-00000.jsonl:2: is no record"):
+        read_quarantine(tmp_path)
+
+
+def append(path, text):
+    with path.open("a") as stream:
+        stream.write(text)
+
+
+def test_the_command_counts_each_sample_once(tmp_path, capsys):
+    with Quarantine(tmp_path, 0) as quarantine:
+        quarantine.record(0, [slot("a"), slot("b"), slot("c", "crash")])
+        quarantine.record(5, [slot("held-out")], "eval")
+        quarantine.record(10, [slot("held-out")], "eval")
+    assert cli.main(["quarantine", str(tmp_path), "--examples", "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "decode: 3 samples (vqa 3)",
+        "  vqa/vqa-000.tar:a: 그림이 깨졌다 (train step 0)",
+        "  vqa/vqa-000.tar:b: 그림이 깨졌다 (train step 0)",
+        "  … and 1 more (--json names all)",
+        "crash: 1 samples (vqa 1)",
+        "  vqa/vqa-000.tar:c: 그림이 깨졌다 (train step 0)",
+    ]
+    assert cli.main(["quarantine", str(tmp_path), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["key"], line["times"]) for line in lines] == [("a", 1), ("b", 1), ("c", 1), ("held-out", 2)]
+    assert cli.main(["quarantine", str(tmp_path / "nope")]) == ExitCode.CONFIG
+    assert "no such directory" in capsys.readouterr().err

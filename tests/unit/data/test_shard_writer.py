@@ -37,9 +37,12 @@ def contents(directory):
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
-    first = contents(write_samples(tmp_path / "a", max_samples=3))
-    assert first == contents(write_samples(tmp_path / "b", max_samples=3))
-    assert [name for name in first if name.endswith(".tar")] == [f"train-{i:06d}.tar" for i in range(3)]
+    a, b = (contents(write_samples(tmp_path / name, max_samples=3)) for name in "ab")
+    tars = [name for name in a if name.endswith(".tar")]
+    assert tars == [f"train-{i:06d}.tar" for i in range(3)]
+    assert [a[name] for name in tars] == [b[name] for name in tars]
+    # indexes and manifest also hold the tars' times
+    assert read_manifest(tmp_path / "a").hash == read_manifest(tmp_path / "b").hash
 
 
 def test_webdataset_reads_what_was_written(tmp_path):

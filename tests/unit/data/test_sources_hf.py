@@ -135,7 +135,7 @@ def test_renames_and_limits(pictures):
 
 
 def test_a_streamed_data_set_is_refused(pictures):
-    with pytest.raises(DataError, match=r"IterableDataset.*ShardWriter"):
+    with pytest.raises(DataError, match=r"IterableDataset.*vlm-dist shards build --from hf"):
         ArrowSource("x", pictures.to_iterable_dataset())
 
 
@@ -151,3 +151,20 @@ def test_a_streamed_data_set_is_refused(pictures):
 def test_data_that_is_not_there(settings, message):
     with pytest.raises(DataError, match=message):
         open_source(hf(**settings))
+
+
+def test_paths_of_a_builder_lead_nowhere_but_into_the_data_set(tmp_path):
+    """An imagefolder's own pictures need no media_root; a path that somebody wrote into a column does."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(28))
+    source = open_source(hf(name="imagefolder", data_files=str(folder / "*.png")))
+    assert source.read(0).fields["image"] == png(28)
+    (tmp_path / "secret.png").write_bytes(png(56))
+    features = datasets.Features({"image": datasets.Image()})
+    for path in (str(tmp_path / "secret.png"), "../secret.png", str(folder / ".." / "secret.png")):
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": path}]}, features=features)
+        with pytest.raises(DataError, match=r"neither in the data set's own folder .* set media_root"):
+            ArrowSource("x", rows, folders=[folder])
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "secret.png")]}, features=features)
+    assert ArrowSource("x", rows, media_root=tmp_path).read(0).fields["image"] == png(56)

@@ -97,7 +97,7 @@ def test_an_absolute_path_under_media_root_is_fine(tmp_path, media):
 
 def test_a_url_is_refused_with_the_way_out(tmp_path, media):
     settings = jsonl(tmp_path / "rows.jsonl", [{"image": "https://host/a.jpg"}], media_root=media)
-    with pytest.raises(DataError, match="ShardWriter"):
+    with pytest.raises(DataError, match="vlm-dist shards build --from jsonl --path"):
         open_source(settings, tmp_path / "index")
 
 

@@ -12,6 +12,7 @@ import torch
 from tests.unit.data.samples import MemorySource, collator, jpeg
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, SampleOrigin, SampleRef
+from vlm_dist.data.workers import progress
 from vlm_dist.data.workers.pool import PoolClosedError, WorkerPool
 from vlm_dist.data.workers.process import pack, unpack
 from vlm_dist.errors import DataError
@@ -25,8 +26,11 @@ class Maker:
     """Makes a micro-batch that tells its job; misbehaves for some jobs, the first time only where `once` is set."""
 
     scratch: Path | None = None
+    between_samples: bool = False
 
     def __call__(self, job: MicroBatchJob) -> MicroBatch:
+        if not self.between_samples:
+            progress.decoding(0)
         if self._first_time(job):
             if job.micro_batch == CRASH:
                 os.kill(os.getpid(), signal.SIGSEGV)
@@ -88,7 +92,7 @@ def test_without_workers_everything_happens_here():
 
 def test_workers_their_errors_and_their_deaths(tmp_path):
     """One pool for all of it: starting workers is what takes time."""
-    with WorkerPool(Maker(tmp_path), 2, job_timeout_seconds=3) as pool:
+    with WorkerPool(Maker(tmp_path), 2, sample_timeout_seconds=2) as pool:
         jobs = [pool.submit(job(step)) for step in range(6)]
         assert [one.result().job.step for one in jobs] == list(range(6))
         assert jobs[0].result().inputs["pixel_values"].dtype == torch.bfloat16
@@ -109,8 +113,8 @@ def test_workers_their_errors_and_their_deaths(tmp_path):
         assert [one.result().job.step for one in jobs] == list(range(4))  # the second time they work
 
 
-def test_a_job_that_always_kills_its_worker_is_named_and_the_others_go_on():
-    with WorkerPool(Maker(), 2) as pool:
+def test_a_job_that_kills_its_workers_between_its_samples_is_named_and_the_others_go_on():
+    with WorkerPool(Maker(between_samples=True), 2) as pool:
         jobs = [pool.submit(job(step, CRASH if step == 1 else 0)) for step in range(4)]
         with pytest.raises(DataError, match=r"signal 11.* 3 times .*step 1.* vqa/000\.tar:1"):
             jobs[1].result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.unit.test_key_effects.conftest import ANY_SIZE, BLUE, GREEN, RED, Project
 from tests.unit.test_key_effects.registry import shows
 from vlm_dist.data.types import IGNORE_INDEX
+from vlm_dist.demo.digits import encode_clip
 from vlm_dist.errors import ConfigError, DataError
 
 IMAGES_ONLY = {"collator.data_processing.video_data": False}
@@ -152,11 +154,26 @@ def test_videos_cannot_be_read_where_they_are_not_enabled(project: Project) -> N
 
 
 @shows("collator.video_processing.frame_extraction.library")
-def test_decord_reads_the_videos(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_that_is_named_reads_the_videos(
+    project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = VIDEOS_ONLY | project.rows({"video": project.clip("x.mp4", 9), "question": "", "answer": ""})
-    monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(DataError, match="videos need decord"):
-        project.batch(rows)
+    key = "collator.video_processing.frame_extraction.library"
+    modules = {"decord": "decord", "cv2": "cv2", "pyav": "av"}
+    usual = project.batch(rows).pixels("video")
+    for name, module in modules.items():
+        with monkeypatch.context() as patch:
+            for other in modules.values():
+                if other != module:
+                    patch.setitem(sys.modules, other, None)
+            torch.testing.assert_close(project.batch(rows | {key: name}).pixels("video"), usual)
+            assert not project.batch(rows | {key: "auto"}).skipped
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(ConfigError, match=rf"library is {name}, but \S+ is not installed; pip install"):
+                project.batch(rows | {key: name})
+    with caplog.at_level(logging.INFO):
+        project.batch(rows | {key: "auto"})
+    assert "videos are read by the first of these that can open them: pyav" in caplog.text
 
 
 @shows(
@@ -181,10 +198,16 @@ def test_only_the_first_seconds_are_looked_at(project: Project) -> None:
 
 
 @shows("collator.video_processing.file_processing.convert_to_rgb")
-def test_leaving_videos_in_another_mode_is_said_to_have_no_effect(
-    project: Project, caplog: pytest.LogCaptureFixture
-) -> None:
-    project.batch({"collator.video_processing.file_processing.convert_to_rgb": False})
+def test_colours_are_left_in_the_order_of_the_library(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    red = np.full((56, 56, 3), RED, dtype=np.uint8)
+    (project.data / "red.mp4").write_bytes(encode_clip([red, red]))
+    rows = VIDEOS_ONLY | project.rows({"video": "red.mp4", "question": "", "answer": ""})
+    rows |= {"collator.video_processing.frame_extraction.library": "cv2"}
+    key = "collator.video_processing.file_processing.convert_to_rgb"
+    assert project.batch(rows).pixels("video").mean((0, 1)).argmax() == 0
+    assert project.batch(rows | {key: False}).pixels("video").mean((0, 1)).argmax() == 2
+    assert "blue and red exchanged" in caplog.text
+    project.batch({key: False})
     assert "convert_to_rgb: false has no effect: decord gives RGB frames" in caplog.text
 
 
@@ -207,7 +230,8 @@ def test_without_padding_rows_must_be_equally_long(project: Project) -> None:
 def test_dummies_of_a_tower_are_no_hindrance_without_padding(project: Project) -> None:
     sizes = {"train.per_device_train_batch_size": 1, "train.per_device_eval_batch_size": 1}
     made = project.batch(sizes | {"collator.text_processing.padding": False}).made  # an image, and a dummy clip
-    assert len(made.labels) == 2 and made.num_samples == 1
+    assert len(made.labels) == made.num_samples == 1
+    assert len(made.inputs["video_grid_thw"]) == 1
 
 
 @shows("collator.text_processing.max_length", "collator.text_processing.truncation")

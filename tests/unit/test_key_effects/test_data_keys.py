@@ -9,13 +9,18 @@ from typing import Any
 import datasets
 import pytest
 
+from tests.storage.servers import faulty_server
 from tests.unit.test_key_effects.conftest import RED, Project
 from tests.unit.test_key_effects.registry import shows
-from vlm_dist import build
+from vlm_dist import build, cli
 from vlm_dist.config.arithmetic import resolve_batch
 from vlm_dist.data.types import Source
 from vlm_dist.errors import ConfigError
 
+MESSAGES = [
+    {"role": role, "content": [{"type": "text", "text": "{" + column + "_column}"}]}
+    for role, column in (("user", "question"), ("assistant", "answer"))
+]
 both = pytest.mark.parametrize("which", ["train", "eval"])
 
 
@@ -122,3 +127,52 @@ def test_what_is_indexed_is_kept_in_index_dir(project: Project) -> None:
     project.sources(changes)
     assert [path.name for path in place.rglob("*") if path.is_file()] == ["rows.jsonl.index.arrow"]
     assert not list(Path(project.data).glob("*.index.arrow"))
+
+
+@shows("data.lengths")
+def test_lengths_are_counted_or_estimated(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"data.train": [{"type": "jsonl", "path": lines(project)}], "data.index_dir": str(project.data / "index")}
+    changes |= {"collator.data_processing": {"image_data": False, "video_data": False}}
+    changes |= {"collator.message_format.training_messages": MESSAGES}
+
+    def kind(setting: str) -> str:
+        config = project.config(changes | {"data.lengths": setting})
+        sources = build.open_sources_alone(config, "train")
+        processor, family = build.make_processor(config)
+        materialise = build.make_materialisers(config, sources, [], processor, family)
+        return build.make_lengths_alone(config, sources, processor, family, materialise).digest.split(":")[0]
+
+    assert kind("auto") == kind("estimate") == "estimate"
+    with pytest.raises(ConfigError, match=r"data\.lengths is exact, but not all tokens have been counted"):
+        kind("exact")
+    arguments = [f"--set={key}={json.dumps(value)}" for key, value in changes.items()]
+    assert cli.main(["shards", "tokens", "configs/tiny.yaml", "--workers", "0", *arguments]) == 0
+    assert kind("auto") == kind("exact") == "exact"
+    assert kind("estimate") == "estimate"
+
+
+@shows("data.cache.dir", "data.cache.mode", "data.cache.max_size", "data.cache.lookahead_steps")
+def test_remote_shards_are_copied_as_the_cache_says(project: Project) -> None:
+    from vlm_dist.build.data import LOCAL_LOOKAHEAD_STEPS, lookahead_steps
+
+    def copies(**cache: Any) -> int:
+        """Read everything; how many copies there are then."""
+        place = project.data / f"cache-{len(list(project.data.iterdir()))}"
+        changes = {"data.train": [{"type": "tar", "path": urls}], "data.cache": {"dir": str(place), **cache}}
+        (source,) = project.sources(changes)
+        assert [source.read(row).fields["png"] for row in range(len(source))] == pictures
+        return len(list(place.glob("*.tar")))
+
+    folder = project.run.directory / "data" / "images"
+    local = opened(project, "train", type="tar", path="data/images")
+    pictures = [local.read(row).fields["png"] for row in range(len(local))]
+    num_shards = len(list(folder.glob("*.tar")))
+    with faulty_server(folder) as (url, _):
+        urls = [f"{url}/{path.name}" for path in sorted(folder.glob("*.tar"))]
+        assert copies(mode="whole") == num_shards > 1
+        assert copies(mode="range") == 0
+        largest = max(path.stat().st_size for path in folder.glob("*.tar"))
+        assert copies(mode="whole", max_size=f"{largest}B") == 1
+        remote = {"data.train": [{"type": "tar", "path": urls}], "data.cache": {"lookahead_steps": 7}}
+        assert lookahead_steps(project.config(remote)) == 7
+    assert lookahead_steps(project.config({"data.cache": {"lookahead_steps": 7}})) == LOCAL_LOOKAHEAD_STEPS

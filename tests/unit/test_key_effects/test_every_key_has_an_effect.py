@@ -16,14 +16,15 @@ from tests.unit.test_key_effects.registry import SHOWN, all_keys
 from vlm_dist.errors import ConfigError
 
 #: Key -> the test outside of this package that shows its effect.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {
+    "data.max_bad_share": "tests/e2e/test_fault_corpus.py::test_more_than_allowed_ends_all_ranks_with_one_message",
+}
 
 #: Keys that are refused, whatever they are set to.
-REFUSED = {"data.cache": {"directory": "/tmp/cache"}}
+REFUSED: dict[str, object] = {}
 
 #: Values that are refused, of keys with an effect.
 REFUSED_VALUES = {
-    "collator.video_processing.frame_extraction.library": "cv2",
     "peft.towers.vision": "full",
     "peft.towers.projector": "full",
     "peft.towers.language": "full",

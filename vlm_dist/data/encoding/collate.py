@@ -52,6 +52,49 @@ class Padding:
     carries_loss: bool = False
 
 
+def attach_dummies(examples: Sequence[Example], family: Family, padding: Padding) -> list[Example]:
+    """Put dummies behind the shortest sample, in the place of padding: rows of their own cost as much as any other.
+
+    What comes later in a row changes nothing of what comes before, and nobody looks at a dummy's own outcome. Only for
+    rows that are padded at their ends, of families whose tokens are known to see backwards alone.
+
+    Args:
+        examples: samples, then dummies.
+        family: knows which way its tokens see.
+        padding: how rows become equally long.
+
+    Returns:
+        One row less for each dummy; the same rows where that cannot be done.
+    """
+    dummies = [example for example in examples if example.is_dummy]
+    rows = [example for example in examples if not example.is_dummy] or dummies[:1]
+    added = [dummy for dummy in dummies if dummy is not rows[0]]
+    sees_backwards = family.packing is not None
+    if not added or not sees_backwards or padding.side == "left" or not (padding.enabled or len(rows) == 1):
+        return list(examples)
+    shortest = min(range(len(rows)), key=lambda row: rows[row].labels.shape[0])
+    rows[shortest] = _concatenate([rows[shortest], *added], family)
+    return rows
+
+
+def _concatenate(parts: Sequence[Example], family: Family) -> Example:
+    """Make one row of several."""
+    keys = dict.fromkeys(key for part in parts for key in part.tokens)
+    tokens = {key: torch.cat([tokens_of(part, key, family) for part in parts]) for key in keys}
+    names = dict.fromkeys(key for part in parts for key in part.visual)
+    visual = {key: join_visual([part.visual[key] for part in parts if key in part.visual]) for key in names}
+    labels = torch.cat([part.labels for part in parts])
+    kinds = frozenset(kind for part in parts for kind in part.kinds)
+    return Example(tokens, visual, labels, kinds, is_dummy=parts[0].is_dummy)
+
+
+def tokens_of(example: Example, key: str, family: Family) -> Tensor:
+    """A key with one entry per token; the family's value of padding where the row has none."""
+    if key in example.tokens:
+        return example.tokens[key]
+    return torch.full_like(example.tokens["input_ids"], family.pad_values[key])
+
+
 def collate(examples: Sequence[Example], family: Family, padding: Padding) -> tuple[dict[str, Tensor], Tensor]:
     """Merge rows.
 
@@ -77,13 +120,10 @@ def collate(examples: Sequence[Example], family: Family, padding: Padding) -> tu
     inputs: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for example in examples for key in example.tokens):
         value = padding.token_id if key == "input_ids" else family.pad_values[key]
-        rows = [
-            _pad(example.tokens.get(key, torch.full((length,), value)), longest, value, padding.side)
-            for example, length in zip(examples, lengths, strict=True)
-        ]
+        rows = [_pad(tokens_of(example, key, family), longest, value, padding.side) for example in examples]
         inputs[key] = torch.stack(rows)
     for key in dict.fromkeys(key for example in examples for key in example.visual):
-        inputs[key] = _join([example.visual[key] for example in examples if key in example.visual])
+        inputs[key] = join_visual([example.visual[key] for example in examples if key in example.visual])
     labels = torch.stack(
         [
             _pad(
@@ -107,7 +147,7 @@ def _pad(row: Tensor, length: int, value: int, side: str) -> Tensor:
     return torch.cat([row, filler] if side == "right" else [filler, row])
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def join_visual(tensors: Sequence[Tensor]) -> Tensor:
     """Join on dim 0; where the other dims differ, the smaller are filled with zeros at their ends."""
     shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     filled = []

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vlm_dist.data.encoding.labels import RenderedText, Span, answer_tokens
+from vlm_dist.data.encoding.patches import with_fast_patches
+from vlm_dist.data.media.images import Picture, as_pil
 from vlm_dist.data.media.video import Clip
 from vlm_dist.errors import ModelError, SkipSample
 from vlm_dist.families import Family
@@ -77,18 +78,20 @@ class Encoder:
     """
 
     def __init__(self, processor: Any, family: Family) -> None:
-        self._processor = processor
+        self._processor = with_fast_patches(processor)
         self._family = family
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._has_offsets = bool(getattr(self.tokenizer, "is_fast", False)) and hasattr(
             processor, "get_text_with_replacements"
         )
+        # the other processors, those in a model's own repository among them, may know Pillow's pictures alone
+        self._takes_tensors = getattr(getattr(processor, "image_processor", None), "backend", None) == "torchvision"
         self._visual_ids = torch.tensor(sorted(_visual_ids(processor, self.tokenizer, family)), dtype=torch.int64)
 
     def encode(
         self,
         rendered: RenderedText,
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Picture] = (),
         clips: Sequence[Clip] = (),
         *,
         answer: str | None = None,
@@ -174,7 +177,7 @@ class Encoder:
     def _call(
         self,
         text: str,
-        images: Sequence[Image.Image],
+        images: Sequence[Picture],
         clips: Sequence[Clip],
         answer: str | None,
         do_resize: bool | None,
@@ -195,7 +198,7 @@ class Encoder:
         if do_resize is not None:
             visual["do_resize"] = do_resize
         if images:
-            arguments["images"] = [list(images)]
+            arguments["images"] = [list(images) if self._takes_tensors else [as_pil(image) for image in images]]
             arguments["images_kwargs"] = visual
         if clips:
             arguments["videos"] = [clip.frames for clip in clips]

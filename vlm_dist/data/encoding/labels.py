@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm_dist.config.vlm_collator import LabelMasking
-from vlm_dist.data.encoding.template import ChatMessage
+from vlm_dist.data.encoding.conversation import ChatMessage
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.errors import ModelError, SkipSample
 from vlm_dist.families import Family

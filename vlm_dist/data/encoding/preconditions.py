@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
 from vlm_dist.data.encoding.template import MessageBuilder
+from vlm_dist.data.media.video_readers import describe, libraries_for
 from vlm_dist.data.types import Source
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family
@@ -72,8 +73,31 @@ def check_labels(config: VlmCollatorConfig, family: Family) -> None:
             f"label_masking.mask_image_token is false, but models of the family {family.name} have negative ids in the "
             "place of images, which cannot be learned; set it to true"
         )
-    if config.data_processing.video_data and not config.video_processing.file_processing.convert_to_rgb:
-        log.warning("video_processing.file_processing.convert_to_rgb: false has no effect: decord gives RGB frames")
+
+
+def choose_video_libraries(config: VlmCollatorConfig) -> tuple[str, ...]:
+    """Choose what reads the videos, in the order in which libraries are tried; none where there are no videos.
+
+    Raises:
+        ConfigError: the library is not installed.
+    """
+    if not config.data_processing.video_data:
+        return ()
+    chosen = config.video_processing.frame_extraction.library
+    libraries = libraries_for(chosen)
+    if chosen == "auto":
+        log.info("videos are read by the first of these that can open them: %s", describe(libraries))
+    if not config.video_processing.file_processing.convert_to_rgb:
+        if "cv2" in libraries:
+            log.warning(
+                "video_processing.file_processing.convert_to_rgb is false: frames read by cv2 reach the model with "
+                "blue and red exchanged"
+            )
+        else:
+            log.warning(
+                "video_processing.file_processing.convert_to_rgb: false has no effect: %s gives RGB frames", chosen
+            )
+    return libraries
 
 
 def choose_pad_token(tokenizer: Any) -> int:

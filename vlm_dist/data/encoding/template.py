@@ -2,64 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.config.message_variables import fill_variables, variables_in
 from vlm_dist.config.vlm_collator import Message, MessageFormat
+from vlm_dist.data.encoding.conversation import Conversation, Media, read_conversation, show_media
 from vlm_dist.errors import ConfigError, SkipSample
-
-Media = bytes | Path
-#: One turn as chat templates take it: `{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"} | …]}`.
-ChatMessage = dict[str, Any]
 
 #: Key of dataset_columns whose column holds whole conversations, in the place of `training_messages`.
 MESSAGES_COLUMN = "messages_column"
-
-_MARKER = re.compile(r"<(image|video)>")
-_ROLES = {role: role for role in ("user", "assistant", "system")}
-_ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant"}
-
-
-@dataclass(slots=True)
-class Conversation:
-    """What is said, and what is shown.
-
-    Attributes:
-        messages: the turns.
-        images: encoded images in the order of their placeholders.
-        videos: the same for videos.
-    """
-
-    messages: list[ChatMessage] = field(default_factory=list)
-    images: list[Media] = field(default_factory=list)
-    videos: list[Media] = field(default_factory=list)
-
-    @property
-    def texts(self) -> list[str]:
-        """All texts of all turns."""
-        return [part["text"] for message in self.messages for part in message["content"] if part["type"] == "text"]
-
-    def prompt(self) -> tuple[Conversation, str]:
-        """Split the last answer off.
-
-        Returns:
-            The conversation before the last turn of the assistant, and the text of that turn.
-
-        Raises:
-            SkipSample: ("bad_sample") the assistant says nothing.
-        """
-        last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=None)
-        if last is None:
-            raise SkipSample("bad_sample", "the conversation has no turn of the assistant")
-        kept, answer = self.messages[:last], self.messages[last]
-        shown = [part["type"] for message in kept for part in message["content"]]
-        before = Conversation(kept, self.images[: shown.count("image")], self.videos[: shown.count("video")])
-        return before, "".join(part["text"] for part in answer["content"] if part["type"] == "text")
 
 
 class MessageBuilder:
@@ -115,6 +68,12 @@ class MessageBuilder:
             shown_by[kind] = placeholder
         return shown_by
 
+    def empty_fields(self) -> dict[str, Any]:
+        """The columns of a sample that says nothing and shows nothing."""
+        if self._messages_column is not None:
+            return {self._messages_column: [{"role": role, "content": ""} for role in ("user", "assistant")]}
+        return dict.fromkeys(self.text_columns.values(), "")
+
     def build(self, fields: Mapping[str, Any]) -> Conversation:
         """Make the conversation of one sample.
 
@@ -123,7 +82,7 @@ class MessageBuilder:
         """
         media = self._read_media(fields)
         if self._messages_column is not None:
-            return _read_conversation(fields.get(self._messages_column), self._messages_column, media)
+            return read_conversation(fields.get(self._messages_column), self._messages_column, media)
         values = {name: _as_text(fields, column) for name, column in self.text_columns.items()}
         values["system_prompt"] = self._system_prompt or ""
         places: list[str] = [part.type for message in self._messages for part in message.content]
@@ -140,18 +99,13 @@ class MessageBuilder:
                     if placeholder == part.type:
                         left[kind] -= 1
                         count = min(1, len(queues[kind])) if left[kind] else len(queues[kind])
-                        _show(conversation, content, kind, [queues[kind].pop(0) for _ in range(count)])
+                        show_media(conversation, content, kind, [queues[kind].pop(0) for _ in range(count)])
             conversation.messages.append({"role": message.role, "content": content})
         return conversation
 
     def _read_media(self, fields: Mapping[str, Any]) -> dict[str, list[Media]]:
         # Absent is the same as null: a tar cannot say null, and a sample without media is a sample of text.
         return {kind: _as_media(fields.get(column), column) for kind, column in self._media_columns.items()}
-
-
-def _show(conversation: Conversation, content: list[dict[str, Any]], kind: str, items: Sequence[Media]) -> None:
-    content.extend({"type": kind} for _ in items)
-    (conversation.images if kind == "image" else conversation.videos).extend(items)
 
 
 def _as_media(value: Any, column: str) -> list[Media]:
@@ -186,67 +140,3 @@ def _as_text(fields: Mapping[str, Any], column: str) -> str:
         return str(value)
     kind = "null" if value is None else type(value).__name__
     raise SkipSample("bad_sample", f"column {column!r} is {kind}, expected a text")
-
-
-def _read_conversation(value: Any, column: str, media: Mapping[str, list[Media]]) -> Conversation:
-    """Read a conversation in ShareGPT form; `<image>` and `<video>` in its texts stand for the media, in order."""
-    turns = _parse_list(value) if isinstance(value, str) else value
-    if not isinstance(turns, list | tuple) or not turns:
-        raise SkipSample("bad_sample", f"column {column!r} is no list of messages")
-    conversation = Conversation()
-    queues = {kind: list(items) for kind, items in media.items()}
-    for turn in turns:
-        role, text = _read_turn(turn, column)
-        content: list[dict[str, Any]] = []
-        pieces = _MARKER.split(text)  # text, kind, text, kind, text
-        for i, piece in enumerate(pieces):
-            if i % 2 == 0:
-                if piece:
-                    content.append({"type": "text", "text": piece})
-            elif piece not in queues:
-                continue  # this kind is switched off
-            elif not queues[piece]:
-                raise SkipSample("bad_sample", f"more <{piece}> in the messages than there are {piece}s")
-            else:
-                _show(conversation, content, piece, [queues[piece].pop(0)])
-        conversation.messages.append({"role": role, "content": content or [{"type": "text", "text": ""}]})
-    _place_unmarked(conversation, queues)
-    if conversation.messages[-1]["role"] != "assistant":
-        raise SkipSample("bad_sample", "the last message is not the assistant's")
-    return conversation
-
-
-def _parse_list(text: str) -> Any:
-    """Parse a conversation that is stored as JSON text; None where it is none."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _read_turn(turn: Any, column: str) -> tuple[str, str]:
-    if isinstance(turn, Mapping):
-        role = _ROLES.get(str(turn.get("role", turn.get("from"))))
-        text = turn.get("content", turn.get("value"))
-        if role is not None and isinstance(text, str):
-            return role, text
-    raise SkipSample(
-        "bad_sample", f"column {column!r} has a message that is not {{role: user | assistant | system, content: text}}"
-    )
-
-
-def _place_unmarked(conversation: Conversation, queues: Mapping[str, list[Media]]) -> None:
-    """Media without any marker go before the first words of the user; some marked and some not is an error."""
-    for kind, items in queues.items():
-        shown = conversation.images if kind == "image" else conversation.videos
-        if not items:
-            continue
-        if shown:
-            raise SkipSample(
-                "bad_sample", f"{len(shown)} <{kind}> in the messages, but {len(shown) + len(items)} {kind}s"
-            )
-        first = next((message for message in conversation.messages if message["role"] == "user"), None)
-        if first is None:
-            raise SkipSample("bad_sample", "the conversation has no turn of the user")
-        first["content"][:0] = [{"type": kind} for _ in items]
-        shown.extend(items)

@@ -6,6 +6,7 @@ the planner uses them to put samples of similar length together, the materialise
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -17,9 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from vlm_dist.data.index.image_header import HEAD_BYTES, plain_image_size
 from vlm_dist.data.index.mp4_header import read_mp4_header
+from vlm_dist.errors import DataError, SkipSample
 
 #: One row per sample. 0 means "none of that kind" or "unknown"; `num_images` and `num_videos` tell which.
 FACTS_DTYPE = np.dtype(
@@ -72,37 +76,49 @@ class SampleFacts:
     """Collects the facts of one sample, member by member."""
 
     def __init__(self) -> None:
-        self.row = np.zeros((), dtype=FACTS_DTYPE)
+        self._text_bytes = 0
+        self._images = (0, 0, 0, 0)  # number, width and height of the largest, pixels of all
+        self._num_videos = 0
+        self._video: tuple[float, ...] = (0, 0.0, 0, 0)  # frames, seconds, width, height
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The facts in the order of `FACTS_DTYPE`."""
+        return (self._text_bytes, *self._images, self._num_videos, *self._video)
+
+    @property
+    def row(self) -> NDArray[np.void]:
+        """The facts as a scalar of `FACTS_DTYPE`."""
+        return np.array(self.values, dtype=FACTS_DTYPE)
 
     def add_text(self, num_bytes: int) -> None:
         """Count text by its UTF-8 size."""
-        self.row["text_bytes"] += num_bytes
+        self._text_bytes += num_bytes
 
     def add_image(self, source: BinaryIO | bytes | Path) -> None:
         """Read an image's header; one that cannot be read counts with unknown size."""
-        self.row["num_images"] += 1
-        size = probe_image(source)
-        if size is None:
-            return
-        width, height = size
-        if width * height > int(self.row["image_width"]) * int(self.row["image_height"]):
-            self.row["image_width"], self.row["image_height"] = width, height
-        self.row["image_pixels"] += width * height
+        self.add_image_size(probe_image(source))
+
+    def add_image_size(self, size: tuple[int, int] | None) -> None:
+        """Count an image of a known or unknown (width, height)."""
+        number, width, height, pixels = self._images
+        if size is not None:
+            pixels += size[0] * size[1]
+            if size[0] * size[1] > width * height:
+                width, height = size
+        self._images = (number + 1, width, height, pixels)
 
     def add_video(self, source: BinaryIO | bytes | Path) -> None:
         """Read a video's header; one that cannot be read counts with unknown length."""
-        self.row["num_videos"] += 1
+        self._num_videos += 1
         try:
             probed = probe_video(source)
         except OSError:
             return
-        if probed is not None and probed[0] > self.row["video_frames"]:
-            for name, value in zip(
-                ("video_frames", "video_seconds", "video_width", "video_height"), probed, strict=True
-            ):
-                self.row[name] = value
+        if probed is not None and probed[0] > self._video[0]:
+            self._video = tuple(probed)
 
-    def add_member(self, kind: str, source: BinaryIO, num_bytes: int) -> Any:
+    def add_member(self, kind: str, source: BinaryIO | bytes, num_bytes: int) -> Any:
         """Add one tar member.
 
         Returns:
@@ -114,11 +130,12 @@ class SampleFacts:
             self.add_video(source)
         elif kind == "json":
             try:
-                value = json.loads(source.read())
-            except ValueError:  # the sample becomes a null slot when it is read
+                value = json.loads(source if isinstance(source, bytes) else source.read())
+                size = text_bytes(value)
+            except (ValueError, RecursionError):  # the sample becomes a null slot when it is read
                 self.add_text(num_bytes)
                 return None
-            self.add_text(text_bytes(value))
+            self.add_text(size)
             return value
         elif kind in ("text", "unknown"):
             self.add_text(num_bytes)
@@ -144,6 +161,10 @@ def probe_image(source: BinaryIO | bytes | Path) -> tuple[int, int] | None:
     Returns:
         None where Pillow cannot read the header.
     """
+    if isinstance(source, bytes):
+        size = plain_image_size(source[:HEAD_BYTES], len(source))
+        if size is not None:
+            return size
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():
@@ -151,7 +172,8 @@ def probe_image(source: BinaryIO | bytes | Path) -> tuple[int, int] | None:
             with Image.open(stream) as image:
                 # PngImageFile.getexif decodes the whole picture when there is no eXIf chunk before the pixels
                 exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
-                turned = exif.get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+                # Pillow gives the size of a TIFF as it is after rotation
+                turned = exif.get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED and image.format != "TIFF"
                 width, height = image.size
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, EOFError, Image.DecompressionBombError):
         return None
@@ -159,7 +181,10 @@ def probe_image(source: BinaryIO | bytes | Path) -> tuple[int, int] | None:
 
 
 def probe_video(source: BinaryIO | bytes | Path) -> tuple[int, float, int, int] | None:
-    """Read (frames, seconds, width, height) from a video's header; containers other than mp4 and mov need decord.
+    """Read (frames, seconds, width, height) from a video's header.
+
+    mp4 and mov are read by code of our own; other containers by PyAV, which raises on damaged files, or, where it is
+    not installed, by decord.
 
     Returns:
         None where the header cannot be read.
@@ -169,23 +194,23 @@ def probe_video(source: BinaryIO | bytes | Path) -> tuple[int, float, int, int] 
         if header is not None:
             return header
         stream.seek(0)
-        return _probe_with_decord(source if isinstance(source, Path) else stream)
+        return _probe_with_library(source if isinstance(source, Path) else stream)
 
 
-def _probe_with_decord(source: BinaryIO | Path) -> tuple[int, float, int, int] | None:
-    try:
-        import decord
-    except ImportError:
-        return None
+def _probe_with_library(source: BinaryIO | Path) -> tuple[int, float, int, int] | None:
+    from vlm_dist.data.media.video import open_reader  # heavy, and rarely needed
+
+    library = "pyav" if importlib.util.find_spec("av") is not None else "decord"
     with _as_path(source) as path:
         try:
-            # one thread: decord leaks the frames of an idle reader's threads
-            reader = decord.VideoReader(path, num_threads=1)
-            num_frames, rate = len(reader), float(reader.get_avg_fps())
-            height, width = reader[0].shape[:2] if num_frames else (0, 0)
-        except (RuntimeError, OSError, IndexError, ValueError, decord.DECORDError):
+            reader = open_reader(path, (library,))
+        except (SkipSample, DataError):
             return None
-    return num_frames, (num_frames / rate if rate > 0 else 0.0), int(width), int(height)
+        try:
+            seconds = reader.num_frames / reader.fps if reader.fps > 0 else 0.0
+            return reader.num_frames, seconds, *reader.size
+        finally:
+            reader.close()
 
 
 @contextmanager

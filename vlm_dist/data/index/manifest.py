@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vlm_dist.data.index.shard_index import ShardIndex, replacing
+from vlm_dist.data.index.shard_index import INDEX_FORMAT, ShardIndex, replacing
 from vlm_dist.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
+#: Behind the prefix of its shards, the name of the file in which a build notes how far it is.
+BUILD_NOTE_SUFFIX = "-build.json"
 _VERSION = 1
 
 
@@ -25,11 +27,36 @@ class ShardEntry:
     index_digest: str
     members: tuple[str, ...] = ()  # tar members by extension; empty for rows
     json_fields: tuple[str, ...] = ()
+    single_media: tuple[str, ...] = ()  # kinds of which no sample has more than one plain member
+    stamp: str = ""  # of the file that was indexed; not part of the hash
 
     @classmethod
     def of(cls, name: str, index: ShardIndex) -> ShardEntry:
         """Describe a shard by its index."""
-        return cls(name, len(index), index.num_bytes, index.digest, tuple(index.offsets), index.json_fields)
+        return cls(
+            name,
+            len(index),
+            index.num_bytes,
+            index.digest,
+            tuple(index.offsets),
+            index.json_fields,
+            index.single_media,
+            index.stamp,
+        )
+
+    @classmethod
+    def of_metadata(cls, name: str, metadata: Mapping[str, str]) -> ShardEntry:
+        """Describe a shard by what its index says of itself (see `read_metadata`)."""
+        return cls(
+            name,
+            int(metadata["num_samples"]),
+            int(metadata["num_bytes"]),
+            metadata["digest"],
+            tuple(json.loads(metadata["members"])),
+            tuple(json.loads(metadata["json_fields"])),
+            tuple(json.loads(metadata["single_media"])),
+            metadata["stamp"],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +80,7 @@ class Manifest:
         """Write `manifest.json` atomically."""
         document = {
             "version": _VERSION,
+            "index_format": INDEX_FORMAT,
             "num_samples": self.num_samples,
             "num_bytes": sum(shard.num_bytes for shard in self.shards),
             "hash": self.hash,
@@ -66,7 +94,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     """Read a directory's `manifest.json`.
 
     Returns:
-        None where there is none.
+        None where there is none. An entry whose stamp is empty is not to be trusted without a look at its index.
 
     Raises:
         DataError: if the file cannot be understood.
@@ -77,6 +105,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         if document["version"] != _VERSION:
             raise DataError(f"{path}: manifest version {document['version']} is unknown, expected {_VERSION}")
         shards = tuple(_entry(row) for row in document["shards"])
+        if document.get("index_format") != INDEX_FORMAT:  # digests of another version are not those of today's indexes
+            shards = tuple(replace(shard, stamp="") for shard in shards)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -89,3 +119,15 @@ def _entry(row: dict[str, object]) -> ShardEntry:
         name: tuple(value) for name, value in row.items() if isinstance(value, Sequence) and not isinstance(value, str)
     }
     return ShardEntry(**{**row, **sequences})  # type: ignore[arg-type]
+
+
+def unfinished_builds(directory: Path) -> list[str]:
+    """List the prefixes of shards whose build was stopped and has not gone on."""
+    prefixes = []
+    for note in sorted(directory.glob(f"*{BUILD_NOTE_SUFFIX}")):
+        try:
+            if json.loads(note.read_bytes()).get("is_complete") is False:
+                prefixes.append(note.name.removesuffix(BUILD_NOTE_SUFFIX))
+        except (OSError, ValueError, AttributeError):  # a file of somebody else's
+            continue
+    return prefixes

@@ -26,10 +26,10 @@ def read_mp4_header(stream: BinaryIO) -> VideoHeader | None:
         None where the file is no mp4, is cut, or keeps its frames in fragments.
     """
     try:
-        movie = _find_movie(stream)
+        movie = find_movie(stream)
         if movie is None:
             return None
-        for kind, track in _boxes(movie):
+        for kind, track in boxes_in(movie):
             if kind == b"trak":
                 header = _read_track(track)
                 if header is not None:
@@ -39,7 +39,7 @@ def read_mp4_header(stream: BinaryIO) -> VideoHeader | None:
     return None
 
 
-def _find_movie(stream: BinaryIO) -> bytes | None:
+def find_movie(stream: BinaryIO) -> bytes | None:
     """Return the body of the `moov` box, skipping over the pictures; checks that no box leads out of the file."""
     end = stream.seek(0, 2)
     position, movie = 0, None
@@ -63,11 +63,11 @@ def _find_movie(stream: BinaryIO) -> bytes | None:
 
 
 def _read_track(track: bytes) -> VideoHeader | None:
-    boxes = dict(_boxes(track))
-    media = dict(_boxes(boxes[b"mdia"]))
+    boxes = dict(boxes_in(track))
+    media = dict(boxes_in(boxes[b"mdia"]))
     if media[b"hdlr"][8:12] != b"vide":
         return None
-    table = dict(_boxes(dict(_boxes(media[b"minf"]))[b"stbl"]))
+    table = dict(boxes_in(dict(boxes_in(media[b"minf"]))[b"stbl"]))
     sizes = table[b"stsz"] if b"stsz" in table else table[b"stz2"]
     (num_frames,) = struct.unpack_from(">I", sizes, 8)
     long_times = media[b"mdhd"][0] == 1
@@ -84,7 +84,7 @@ def _read_track(track: bytes) -> VideoHeader | None:
     return VideoHeader(num_frames, ticks / ticks_per_second if ticks_per_second else 0.0, width, height)
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def boxes_in(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield (kind, body) of the boxes in a box."""
     position = 0
     while position + 8 <= len(data):

@@ -2,8 +2,9 @@
 
 A shard's index is an Arrow IPC file, `<shard>.index.arrow`, beside the tar or, for read-only data, under `index_dir`.
 It has one row per sample: the key, `offset:<member>` and `size:<member>` in bytes for each kind of member (null where
-the sample has none), and the columns of `FACTS_DTYPE`. `ShardWriter` writes it for free; a tar that has none is
-indexed by one pass over its headers.
+the sample has none), the columns of `FACTS_DTYPE`, a check of a few bytes of its content (see `content_check`), and
+a checksum of all of it where somebody has read it all. `ShardWriter` writes it for free; a tar that has none is indexed
+by one pass over its headers.
 """
 
 from __future__ import annotations
@@ -23,12 +24,29 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlm_dist.data.index.facts import FACTS_DTYPE
+from vlm_dist.data.index.members import single_media
+from vlm_dist.data.index.tar_headers import TAR_BLOCK_BYTES
+
+__all__ = [
+    "INDEX_FORMAT",
+    "INDEX_SUFFIX",
+    "TAR_BLOCK_BYTES",
+    "SampleSpan",
+    "ShardIndex",
+    "build_index",
+    "keep_index",
+    "read_index",
+    "read_metadata",
+    "replacing",
+    "sidecar_paths",
+    "write_index",
+]
 
 INDEX_SUFFIX = ".index.arrow"
-TAR_BLOCK_BYTES = 512
-_FORMAT_VERSION = "2"
+INDEX_FORMAT = "3"  # another one makes all indexes again
 _ABSENT = -1
 _MAX_COLUMNS = 256
+_CHECK, _CHECKSUM = "check", "content_crc32"
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +57,10 @@ class SampleSpan:
 
     key: str
     members: Mapping[str, tuple[int, int]]  # extension -> (offset of the data, size), in bytes
-    facts: NDArray[np.void]  # scalar of FACTS_DTYPE
+    facts: NDArray[np.void] | tuple[float, ...]  # scalar of FACTS_DTYPE, or its values
     json_fields: Iterable[str] = ()
+    check: int | None = None  # see `content_check`; None where the content is not looked at
+    checksum: int | None = None  # CRC-32 of all content; None where it was not read
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,8 @@ class ShardIndex:
         num_bytes: size of the indexed file.
         notes: what else is to be remembered, part of the digest.
         stamp: what the index was made from, not part of the digest; another stamp makes it stale.
+        checks: [N] uint32, part of the digest; None for data other than tars.
+        checksums: [N] uint32 of all content, not part of the digest; None where the content was not read.
     """
 
     keys: pa.StringArray
@@ -66,6 +88,8 @@ class ShardIndex:
     num_bytes: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
     stamp: str = ""
+    checks: NDArray[np.uint32] | None = None
+    checksums: NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -73,14 +97,21 @@ class ShardIndex:
     @property
     def digest(self) -> str:
         """Hex digest of the contents; the same for a written and for a scanned index of the same tar."""
-        digest = hashlib.sha256(f"{_FORMAT_VERSION}/{len(self)}".encode())
+        digest = hashlib.sha256(f"{INDEX_FORMAT}/{len(self)}".encode())
         digest.update(json.dumps([self.keys.to_pylist(), self.json_fields, self.notes], sort_keys=True).encode())
         for name in sorted(self.offsets):
             digest.update(name.encode())
             digest.update(self.offsets[name].astype("<i8").tobytes())
             digest.update(self.sizes[name].astype("<i8").tobytes())
         digest.update(self.facts.tobytes())
+        if self.checks is not None:
+            digest.update(self.checks.astype("<u4").tobytes())
         return digest.hexdigest()[:32]
+
+    @property
+    def single_media(self) -> tuple[str, ...]:
+        """Kinds of media of which no sample has more than one plain member; see `members.single_media`."""
+        return single_media({name: offsets != _ABSENT for name, offsets in self.offsets.items()})
 
     def key(self, row: int) -> str:
         """Return a sample's key, or its row where samples have none."""
@@ -98,14 +129,28 @@ def build_index(spans: Iterable[SampleSpan], num_bytes: int = 0, notes: Mapping[
     names = sorted({name for row in rows for name in row.members})
     offsets = {name: np.full(len(rows), _ABSENT, dtype=np.int64) for name in names}
     sizes = {name: np.full(len(rows), _ABSENT, dtype=np.int64) for name in names}
-    facts = np.zeros(len(rows), dtype=FACTS_DTYPE)
     for i, row in enumerate(rows):
-        facts[i] = row.facts
         for name, (offset, size) in row.members.items():
             offsets[name][i], sizes[name][i] = offset, size
+    values = [row.facts if isinstance(row.facts, tuple) else row.facts.item() for row in rows]
     fields = sorted({name for row in rows for name in row.json_fields})[:_MAX_COLUMNS]
     keys = [row.key for row in rows] if any(row.key for row in rows) else []
-    return ShardIndex(pa.array(keys, pa.string()), offsets, sizes, facts, tuple(fields), num_bytes, dict(notes or {}))
+    return ShardIndex(
+        pa.array(keys, pa.string()),
+        offsets,
+        sizes,
+        np.array(values, dtype=FACTS_DTYPE),
+        tuple(fields),
+        num_bytes,
+        dict(notes or {}),
+        checks=_all_or_none(row.check for row in rows),
+        checksums=_all_or_none(row.checksum for row in rows),
+    )
+
+
+def _all_or_none(values: Iterable[int | None]) -> NDArray[np.uint32] | None:
+    known = list(values)
+    return None if not known or None in known else np.array(known, dtype=np.uint32)
 
 
 def write_index(index: ShardIndex, path: Path) -> None:
@@ -117,13 +162,20 @@ def write_index(index: ShardIndex, path: Path) -> None:
         columns[f"size:{name}"] = pa.array(index.sizes[name], pa.int64(), mask=absent)
     for name in FACTS_DTYPE.names or ():
         columns[name] = pa.array(np.ascontiguousarray(index.facts[name]))
+    for name, numbers in ((_CHECK, index.checks), (_CHECKSUM, index.checksums)):
+        if numbers is not None:
+            columns[name] = pa.array(numbers, pa.uint32())
     metadata = {
-        "format": _FORMAT_VERSION,
+        "format": INDEX_FORMAT,
+        "num_samples": str(len(index)),
         "num_bytes": str(index.num_bytes),
+        "members": json.dumps(list(index.offsets)),
+        "single_media": json.dumps(index.single_media),
         "json_fields": json.dumps(index.json_fields),
         "notes": json.dumps(index.notes, sort_keys=True),
         "stamp": index.stamp,
         "digest": index.digest,
+        "has_checksums": "yes" if index.checksums is not None else "no",
     }
     table = pa.table(columns).replace_schema_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +198,7 @@ def read_index(path: Path) -> ShardIndex | None:
         log.warning("ignoring the damaged index %s: %s", path, error)
         return None
     metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    if metadata.get("format") != _FORMAT_VERSION:
+    if metadata.get("format") != INDEX_FORMAT:
         return None
     facts = np.zeros(len(table), dtype=FACTS_DTYPE)
     for name in FACTS_DTYPE.names or ():
@@ -157,6 +209,9 @@ def read_index(path: Path) -> ShardIndex | None:
         for kind in ("offset", "size")
     }
     has_keys = "key" in table.column_names
+    checks, checksums = (
+        table.column(name).to_numpy() if name in table.column_names else None for name in (_CHECK, _CHECKSUM)
+    )
     return ShardIndex(
         table.column("key").combine_chunks() if has_keys else pa.array([], pa.string()),
         spans["offset"],
@@ -166,7 +221,25 @@ def read_index(path: Path) -> ShardIndex | None:
         int(metadata["num_bytes"]),
         json.loads(metadata["notes"]),
         metadata["stamp"],
+        checks,
+        checksums,
     )
+
+
+def read_metadata(path: Path) -> Mapping[str, str] | None:
+    """Read what an index says of itself, without its rows: 100,000 shards are opened in seconds.
+
+    Returns:
+        Strings by name: format, num_samples, num_bytes, members, single_media, json_fields, notes, stamp, digest,
+        has_checksums.
+        None where the file is missing, damaged or of another format.
+    """
+    try:
+        with pa.OSFile(str(path)) as stream, pa.ipc.open_file(stream) as reader:
+            metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
+    except (OSError, pa.ArrowInvalid):  # `read_index` tells of damage
+        return None
+    return metadata if metadata.get("format") == INDEX_FORMAT else None
 
 
 class replacing:  # noqa: N801 - reads as a verb: `with replacing(path) as stream`
@@ -208,6 +281,6 @@ def keep_index(index: ShardIndex, places: Iterable[Path]) -> None:
         except OSError as error:
             log.debug("cannot write %s: %s", place, error)
             continue
-        log.info("indexed %d samples: %s", len(index), place)
+        log.debug("indexed %d samples: %s", len(index), place)
         return
     log.warning("an index cannot be kept and is made again next time; set data.index_dir to a writable directory")

@@ -34,5 +34,9 @@ class LengthModel(Protocol):
     def digest(self) -> str:
         """Hex digest of all that the predictions depend on besides the data; part of the plan's identity."""
 
+    @property
+    def mixes_all(self) -> bool:
+        """Whether any samples may share a micro-batch: all batch keys are 0."""
+
     def costs(self, source: int, rows: NDArray[np.int64]) -> Costs:
         """Predict the costs of some rows of the source at this position of the run's sources."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlm_dist.data.media.containers import HEAD_BYTES, container_of
 from vlm_dist.data.media.images import scaled_size
+from vlm_dist.data.media.video_readers import VideoReader, opener
 from vlm_dist.errors import DataError, SkipSample
+
+#: A frame above this, 8192 x 8192, is an error of the data, or an attack.
+MAX_FRAME_PIXELS = 2**26
+#: Of all frames that are taken from a video: 1.6 GB of RGB, or 64 frames of 4K.
+MAX_CLIP_PIXELS = 2**29
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +30,9 @@ class Clip:
     """Frames of a video, and where they lie in it.
 
     Attributes:
-        frames: [F, H, W, 3] uint8, RGB.
+        frames: [F, H, W, 3] uint8, RGB (or as `convert_to_rgb` False leaves them).
         indices: the frames' numbers in the video, ascending.
-        fps: frames per second of the video.
+        fps: frames per second of the video, on the average.
         num_frames: frames that were sampled from: of the whole video, or of its first `max_duration` seconds.
     """
 
@@ -56,8 +63,18 @@ def sample_indices(num_available: int, num_frames: int) -> list[int]:
     return [i * num_available // count for i in range(count)]
 
 
-def decode_video(source: bytes | Path, *, num_frames: int, max_duration: float | None = None) -> Clip:
-    """Decode evenly spread frames of a video.
+def decode_video(
+    source: bytes | Path,
+    *,
+    num_frames: int,
+    max_duration: float | None = None,
+    libraries: Sequence[str] = ("decord",),
+    convert_to_rgb: bool = True,
+) -> Clip:
+    """Decode frames of a video at evenly spread times, upright.
+
+    Frame i of a video of n frames is the one that is shown at i / fps seconds, with fps = n / duration; so what the
+    metadata says about times holds where frames are not evenly spaced, and no library needs to know more than times.
 
     A video with fewer frames than `num_frames` gives all that it has. Of a video longer than `max_duration` only the
     first so many seconds are looked at.
@@ -66,39 +83,81 @@ def decode_video(source: bytes | Path, *, num_frames: int, max_duration: float |
         source: an encoded video, or the file that holds one.
         num_frames: how many frames.
         max_duration: seconds; None: no limit.
+        libraries: that read it, see `video_readers`; the next is tried where one cannot open the video.
+        convert_to_rgb: False leaves the colours in the library's own order: cv2 gives BGR, the others RGB.
 
     Raises:
-        SkipSample: ("decode") it cannot be opened, has no frames, or is damaged where a frame is wanted.
-        DataError: decord is not installed.
+        SkipSample: ("decode") it cannot be opened, has no frames or too large ones, or is damaged where a frame is
+            wanted.
+        DataError: a library is not installed.
     """
-    try:
-        import decord
-    except ImportError as error:
-        raise DataError("videos need decord: pip install decord") from error
     with _as_path(source) as path:
+        reader = open_reader(path, libraries, rgb=convert_to_rgb)
         try:
-            # one thread: decord keeps the frames of idle readers' threads, hundreds of MiB each
-            reader = decord.VideoReader(path, num_threads=1)
-            num_available = len(reader)
-            fps = float(reader.get_avg_fps())
-            if not (math.isfinite(fps) and fps > 0):
-                fps = 25.0  # the container does not say; only times depend on it
-            if max_duration is not None:
-                num_available = min(num_available, max(1, math.ceil(max_duration * fps)))
-            if num_available < 1:
+            if reader.num_frames < 1:
                 raise SkipSample("decode", "the video has no frames")
+            if reader.fps <= 0:
+                reader.fps = 25.0  # the container does not say; only times depend on it
+            num_available = reader.num_frames
+            if max_duration is not None:
+                num_available = min(num_available, max(1, math.ceil(max_duration * reader.fps)))
             indices = sample_indices(num_available, num_frames)
-            frames = reader.get_batch(indices).asnumpy()
-            del reader  # closed at once: an idle reader keeps its buffers
-        except (RuntimeError, OSError, IndexError, ValueError, decord.DECORDError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise SkipSample("decode", f"cannot decode the video: {type(error).__name__}: {first_line}") from error
+            _check_pixels(reader.size, len(indices))
+            frames = reader.read([index / reader.fps for index in indices])
+            fps = reader.fps
+        except SkipSample:
+            raise
+        except Exception as error:
+            raise SkipSample("decode", f"cannot decode the video: {_in_a_line(error)}") from error
+        finally:
+            reader.close()  # at once: an idle reader keeps its buffers
     return Clip(frames=frames, indices=tuple(indices), fps=fps, num_frames=num_available)
+
+
+def open_reader(path: str, libraries: Sequence[str], *, rgb: bool = True) -> VideoReader:
+    """Open a video with the first library that can; whoever opens it closes it.
+
+    Raises:
+        SkipSample: ("decode") it is no video, or none of them can open it.
+        DataError: a library is not installed.
+    """
+    with Path(path).open("rb") as stream:
+        container = container_of(stream.read(HEAD_BYTES))
+    if container is None:
+        raise SkipSample("decode", "the file is no video of a known kind")
+    problems = []
+    for library in libraries:
+        try:
+            return opener(library)(path, container, rgb=rgb)
+        except ImportError as error:
+            raise DataError(f"videos need {library}, which cannot be imported here: {error}") from error
+        except SkipSample as skip:
+            problems.append(f"{library}: {skip.message}")
+        except Exception as error:  # noqa: BLE001 - each library has errors of its own
+            problems.append(f"{library}: {_in_a_line(error)}")
+    raise SkipSample("decode", f"cannot open the video: {'; '.join(problems)}")
+
+
+def _check_pixels(size: tuple[int, int], num_frames: int) -> None:
+    width, height = size
+    if width * height > MAX_FRAME_PIXELS:
+        raise SkipSample(
+            "decode", f"the video's frames have {width} x {height} pixels; the limit is {MAX_FRAME_PIXELS}"
+        )
+    if width * height * num_frames > MAX_CLIP_PIXELS:
+        raise SkipSample(
+            "decode", f"{num_frames} frames of {width} x {height} pixels are more than {MAX_CLIP_PIXELS} pixels"
+        )
+
+
+def _in_a_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 @contextmanager
 def _as_path(source: bytes | Path) -> Iterator[str]:
-    """Give decord a path: a truncated mp4 read through a Python object kills the process, through a file it raises."""
+    """Give libraries a path: decord dies of a truncated mp4 read through a Python object, through a file it raises."""
     if not isinstance(source, bytes):
         yield str(source)
         return

@@ -3,63 +3,31 @@
 Two levels, so that a billion samples cost no memory and each part of the stream stays on few shards:
 
 1. The shards of a source are permuted for every pass over it; their samples in that order are the pass's *stream*.
-2. What an epoch takes of each stream is cut into C canonical groups; a (source, group) is a *cell*. A *window* of at
-   least 64 steps takes its fair share of every cell, and is permuted, or grouped by length, in memory.
+2. What an epoch takes of each stream is cut into C canonical groups; a (source, group) is a *cell*. A *window* takes
+   its fair share of every cell, and is permuted, or grouped by length, in memory (`windows.py`).
 
-Permutations are sorts by an integer hash, ties by the sample's number: numpy does not promise that its random streams
-stay the same across versions.
+Permutations are sorts by an integer hash, ties by the sample's number.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_dist.data.plan.hashing import hash_rows, hash_words
+
 #: Changes whenever the same settings would give another order: part of the plan's digest.
-ORDER_VERSION = 1
-MAX_GROUPS = 64
-MIN_WINDOW_STEPS = 64
-MIN_WINDOW_SAMPLES = 4096
+ORDER_VERSION = 2
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 # what a hash is for, so that no two uses share a sequence
-_SHARDS, _ROTATION, _SAMPLES, _STEPS = 1, 2, 3, 4
-
-
-def hash_words(*words: int) -> int:
-    """Hash integers into 64 bits, in pure Python."""
-    state = 0
-    for word in words:
-        state = (state ^ (word & _MASK)) + _GOLDEN & _MASK
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
-
-
-def hash_rows(state: int, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Hash each row number together with a state (splitmix64): uint64 [len(rows)]."""
-    values = (rows.astype(np.uint64) ^ np.uint64(state)) + np.uint64(_GOLDEN)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def num_groups(global_batch_size: int) -> int:
-    """Return C, the largest divisor of the global batch up to 64."""
-    return max(c for c in range(1, min(MAX_GROUPS, global_batch_size) + 1) if global_batch_size % c == 0)
-
-
-def num_windows(num_steps: int, global_batch_size: int) -> int:
-    """Return in how many windows an epoch is cut: none has fewer than 64 steps unless the epoch has."""
-    return max(1, num_steps // max(MIN_WINDOW_STEPS, -(-MIN_WINDOW_SAMPLES // global_batch_size)))
+_SHARDS, _ROTATION, _SAMPLES = 1, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +84,10 @@ def pass_order(shape: SourceShape, seed: int, source: int, number: int, shuffle:
 class Samples:
     """Some slots of an epoch, as columns. N samples."""
 
-    source: NDArray[np.int64]
+    source: NDArray[np.int32]
     row: NDArray[np.int64]
-    repeat: NDArray[np.int64]  # which pass of the epoch
-    group: NDArray[np.int64]
+    repeat: NDArray[np.int32]  # which pass of the epoch
+    group: NDArray[np.int32]
     key: NDArray[np.uint64]  # hash of (seed, pass, source, row)
 
     def __len__(self) -> int:
@@ -176,22 +144,23 @@ class EpochOrder:
             for size in self._cell_sizes:
                 ranges.append((min(max(start - before, 0), size), min(max(stop - before, 0), size)))
                 before += size
-        columns: list[tuple[NDArray[np.int64], ...]] = []
+        columns: list[tuple[NDArray[Any], ...]] = []
         for cell, (first, last) in enumerate(ranges):
             source, group = divmod(cell, self._groups)
             columns.extend(self._cell_rows(source, group, self._cells[cell], first, last))
         if not columns:
-            empty = np.zeros(0, dtype=np.int64)
-            return Samples(empty, empty, empty, empty, empty.astype(np.uint64))
+            none = np.zeros(0, dtype=np.int64)
+            few = none.astype(np.int32)
+            return Samples(few, none, few, few, none.astype(np.uint64))
         source_column, row, repeat, group_column, key = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-        return Samples(source_column, row, repeat, group_column, key.view(np.uint64))
+        return Samples(source_column, row, repeat, group_column, key)
 
     def _cell_rows(
         self, source: int, group: int, parts: list[tuple[int, int, int]], first: int, last: int
-    ) -> list[tuple[NDArray[np.int64], ...]]:
+    ) -> list[tuple[NDArray[Any], ...]]:
         shape = self._shapes[source]
         first_pass = parts[0][0] if parts else 0
-        columns: list[tuple[NDArray[np.int64], ...]] = []
+        columns: list[tuple[NDArray[Any], ...]] = []
         before = 0
         for number, start, stop in parts:
             low, high = max(first - before, 0), min(last - before, stop - start)
@@ -201,8 +170,9 @@ class EpochOrder:
             order = pass_order(shape, self._seed, source, number, self._shuffle)
             rows = order.rows(start + low, start + high)
             keys = hash_rows(hash_words(self._seed, number, source, _SAMPLES), rows)
-            ones = np.ones(len(rows), dtype=np.int64)
-            columns.append((ones * source, rows, ones * (number - first_pass), ones * group, keys.view(np.int64)))
+            constants = (np.full(len(rows), value, dtype=np.int32) for value in (source, number - first_pass, group))
+            source_column, repeat, group_column = constants
+            columns.append((source_column, rows, repeat, group_column, keys))
         return columns
 
 
@@ -245,67 +215,3 @@ def shares(sizes: Sequence[int], total: int) -> list[int]:
         if counts[cell] != limit[cell]:
             heapq.heappush(heap, next_change(cell))
     return counts
-
-
-def merge_groups(group: NDArray[np.int64], rank_in_group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Merge groups fairly, each in its own order: the same rule as `shares`, for a window in memory.
-
-    Args:
-        group: [N] group of each sample.
-        rank_in_group: [N] position of each sample within its group.
-
-    Returns:
-        int64 [N]: the samples in merged order.
-    """
-    sizes = np.bincount(group) if len(group) else np.zeros(1, dtype=np.int64)
-    return np.lexsort((group, (2 * rank_in_group + 1) / (2 * sizes[group])))
-
-
-def rank_within(group: NDArray[np.int64], *keys: NDArray[np.generic]) -> NDArray[np.int64]:
-    """Rank samples within their group by the keys, the first key first; the sample's number decides ties."""
-    order = np.lexsort((*reversed(keys), group))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(group))[:-1]]) if len(group) else np.zeros(1, dtype=np.int64)
-    ranks = np.empty(len(group), dtype=np.int64)
-    ranks[order] = np.arange(len(group)) - starts[group[order]]
-    return ranks
-
-
-def cut_into_steps(
-    samples: Samples,
-    batch_size: int,
-    state: tuple[int, ...],
-    predict_lengths: Callable[[Samples], NDArray[np.int64]] | None,
-) -> list[Samples]:
-    """Cut a window into steps of `batch_size` samples; only the last may have fewer.
-
-    Every step takes its share of every group. With lengths, a group is sorted by length first, so that a step takes
-    the same quantile of every group, and the steps are permuted; within a step, the longest samples come first.
-
-    Args:
-        samples: of the window.
-        batch_size: samples per step.
-        state: what the permutation of the steps depends on: seed, epoch, window.
-        predict_lengths: None: shuffled.
-
-    Returns:
-        The steps; the samples of each in the order of its slots.
-    """
-    shuffled = samples.take(merge_groups(samples.group, rank_within(samples.group, samples.key)))
-    num_full = len(samples) // batch_size
-    cut = num_full * batch_size
-    full, tail = shuffled.take(np.arange(cut)), shuffled.take(np.arange(cut, len(samples)))
-    if predict_lengths is None:
-        steps = [full.take(np.arange(i * batch_size, (i + 1) * batch_size)) for i in range(num_full)]
-        steps += [tail] if len(tail) else []
-        return [step.take(np.lexsort((step.row, step.source, step.key))) for step in steps]
-    # the tail is an unbiased sample of the window: were it cut off after sorting, it would be its longest samples
-    lengths = predict_lengths(full)
-    merged = merge_groups(full.group, rank_within(full.group, lengths, full.key))
-    order = np.argsort(hash_rows(hash_words(*state, _STEPS), np.arange(num_full, dtype=np.int64)), kind="stable")
-    steps = []
-    for i in order:
-        chosen = merged[i * batch_size : (i + 1) * batch_size]
-        steps.append(full.take(chosen[np.lexsort((full.row[chosen], full.key[chosen], -lengths[chosen]))]))
-    if len(tail):
-        steps.append(tail.take(np.lexsort((tail.row, tail.key, -predict_lengths(tail)))))
-    return steps

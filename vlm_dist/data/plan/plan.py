@@ -7,7 +7,6 @@ be planned at once, on any number of ranks, without replaying those before it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,55 +15,72 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_dist.data.lengths import FactLengths, LengthModel
-from vlm_dist.data.plan.order import (
-    ORDER_VERSION,
-    EpochOrder,
-    Samples,
-    SourceShape,
-    cut_into_steps,
-    num_groups,
-    num_windows,
-)
-from vlm_dist.data.types import SampleRef, Source, StepPlan
-from vlm_dist.errors import CheckpointError, DataError
+from vlm_dist.data.lengths import Costs, FactLengths, LengthModel
+from vlm_dist.data.plan.cut import cut_padded, in_dealing_order, nodes_of, rows_per_node, share_among_nodes
+from vlm_dist.data.plan.order import ORDER_VERSION, EpochOrder, Samples, SourceShape
+from vlm_dist.data.plan.packing import pack_step
+from vlm_dist.data.plan.state import bounded, check_same, digest_of
+from vlm_dist.data.plan.windows import num_groups, num_windows, order_window
+from vlm_dist.data.types import Layout, PackBudget, SampleRef, Source, StepPlan
+from vlm_dist.errors import DataError
+
+Mode = Literal["padding", "group_by_length", "packing"]
 
 _KEPT_WINDOWS = 2  # the one being trained on, and the one that prefetching has reached
-_MAX_STATE_BYTES = 1000
 _ROUNDING = 1e-9  # 0.29 x 100 is 28.999999999999996
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """How samples become steps.
+    """How samples become steps, and steps micro-batches.
 
     Attributes:
         global_batch_size: samples per optimizer step, over all ranks.
-        micro_batch_size: samples per forward pass.
-        mode: "padding" shuffles a step's samples; "group_by_length" puts neighbours in length into one micro-batch.
+        micro_batch_size: samples per forward pass, where they are padded.
+        mode: "padding" shuffles a step's samples; "group_by_length" puts neighbours in length into one micro-batch;
+            "packing" has the steps of "padding", and cuts them into packs.
         seed: of the order.
         num_epochs: may be a fraction.
         max_steps: wins over `num_epochs` when it is positive.
         shuffle: False keeps the order of the data (evaluation).
+        pack: what a pack may hold; needed for "packing".
+        balance_scope: "node": a node's ranks get samples of the node's own groups of shards.
     """
 
     global_batch_size: int
     micro_batch_size: int
-    mode: Literal["padding", "group_by_length"] = "padding"
+    mode: Mode = "padding"
     seed: int = 42
     num_epochs: float = 1.0
     max_steps: int | None = None
     shuffle: bool = True
+    pack: PackBudget | None = None
+    balance_scope: Literal["world", "node"] = "world"
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1 or self.micro_batch_size < 1:
             raise DataError(
                 f"batch sizes must be positive: global {self.global_batch_size}, micro {self.micro_batch_size}"
             )
-        if self.mode not in ("padding", "group_by_length"):
-            raise DataError(f"plan mode {self.mode!r} is unknown; expected padding or group_by_length")
+        if self.mode not in ("padding", "group_by_length", "packing"):
+            raise DataError(f"plan mode {self.mode!r} is unknown; expected padding, group_by_length or packing")
+        if self.mode == "packing" and self.pack is None:
+            raise DataError("packing needs a budget: what one pack may hold")
         if not (self.max_steps and self.max_steps > 0) and not self.num_epochs > 0:
             raise DataError(f"num_epochs must be above 0, got {self.num_epochs}")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether lengths decide which samples share a step."""
+        return self.mode == "group_by_length"
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The samples of some steps, in order, and their costs where they are needed."""
+
+    samples: Samples
+    costs: Costs | None
 
 
 class Plan:
@@ -75,6 +91,7 @@ class Plan:
         repeats: passes over each source in an epoch, as floats; an epoch has the sum of floor(repeat x samples).
         settings: how samples become steps.
         lengths: predicts costs; None: estimates from facts alone.
+        layout: today's ranks; packs, and micro-batches of a node, are cut for them.
 
     Raises:
         DataError: if an epoch would have no samples.
@@ -86,12 +103,14 @@ class Plan:
         repeats: Sequence[float],
         settings: PlanSettings,
         lengths: LengthModel | None = None,
+        layout: Layout = Layout(),  # noqa: B008 - frozen
     ) -> None:
         if len(sources) != len(repeats):
             raise DataError(f"{len(sources)} sources but {len(repeats)} repeats")
         self._sources = tuple(sources)
         self._lengths: LengthModel = lengths if lengths is not None else FactLengths(sources)
         self.settings = settings
+        self.layout = layout
         self._repeats = tuple(float(repeat) for repeat in repeats)
         self._shapes = tuple(
             SourceShape(tuple(source.shard_sizes), _num_epoch_samples(source, repeat))
@@ -104,10 +123,24 @@ class Plan:
                 for source, repeat in zip(sources, self._repeats, strict=True)
             )
             raise DataError(
-                f"an epoch has no samples ({listed or 'no sources'}); check data.train, repeat and max_samples"
+                f"an epoch has no samples ({listed or 'no sources'}); check data.train, repeat, where and max_samples"
             )
-        self._num_windows = num_windows(self.steps_per_epoch, settings.global_batch_size)
-        self._windows: dict[tuple[int, int], list[Samples]] = {}
+        by_length = settings.by_length and settings.shuffle
+        self.num_groups = num_groups(settings.global_batch_size, self.num_epoch_samples if by_length else None)
+        self._num_windows = num_windows(
+            self.steps_per_epoch, settings.global_batch_size, self.num_groups if by_length else None
+        )
+        self.notices: tuple[str, ...] = ()
+        self._num_nodes = 1
+        if settings.balance_scope == "node" and settings.shuffle:
+            nodes = nodes_of(layout, self.num_groups)
+            if isinstance(nodes, int):
+                self._num_nodes = nodes
+            else:
+                self.notices = (f"balance_scope: node has no effect, as {nodes}; any rank gets any sample of a step",)
+        # what mixes all samples needs no costs for a cut into equal counts, nor indexes of shards for its plan
+        self._needs_costs = settings.mode != "padding" or not self._lengths.mixes_all
+        self._windows: dict[tuple[int, int], _Window] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,32 +156,40 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Hex digest of all that the samples of a step depend on; the number of ranks is not part of it."""
-        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:32]
+        """Hex digest of all that the samples of a step depend on: neither the ranks nor how a step is cut."""
+        return digest_of(self._identity())
+
+    @property
+    def cut_digest(self) -> str:
+        """Hex digest of all that decides what each rank gets: the same on all ranks of a run, today."""
+        cut = self.settings
+        pack = None if cut.pack is None else [cut.pack.max_tokens, cut.pack.max_patches, cut.pack.headroom]
+        layout = [self.layout.world_size, self._num_nodes]
+        lengths = self._lengths.digest if self._needs_costs else None
+        return digest_of([self._identity(), cut.mode, cut.micro_batch_size, pack, cut.balance_scope, layout, lengths])
 
     def step(self, index: int) -> StepPlan:
-        """Plan one step; costs its window, whose steps are then kept.
+        """Plan one step; costs its window, which is then kept.
 
         Raises:
             IndexError: if the run has no such step.
         """
-        if not 0 <= index < self.num_steps:
-            raise IndexError(f"step {index} of {self.num_steps}")
-        epoch, step_in_epoch = divmod(index, self.steps_per_epoch)
-        window = self._window_of(step_in_epoch)
-        samples = self._steps_of(epoch, window)[step_in_epoch - self._first_step(window)]
-        slots: list[SampleRef | None] = [
+        samples, costs = self._samples_of(index)
+        slots = [
             SampleRef(source, row, repeat)
             for source, row, repeat in zip(
                 samples.source.tolist(), samples.row.tolist(), samples.repeat.tolist(), strict=True
             )
         ]
-        slots += [None] * (self.settings.global_batch_size - len(slots))
-        size = self.settings.micro_batch_size
+        is_packed = self.settings.mode == "packing"
+        cut = self._pack(samples, costs) if is_packed else self._cut(samples, costs)
+        for_world = self.layout.world_size if is_packed or self._num_nodes > 1 else None
         return StepPlan(
             step=index,
-            epoch=epoch + (step_in_epoch + 1) / self.steps_per_epoch,
-            micro_batches=tuple(tuple(slots[i : i + size]) for i in range(0, len(slots), size)),
+            epoch=index // self.steps_per_epoch + (index % self.steps_per_epoch + 1) / self.steps_per_epoch,
+            micro_batches=tuple(tuple(None if slot is None else slots[slot] for slot in batch) for batch in cut),
+            pack=self.settings.pack if is_packed else None,
+            world_size=for_world,
         )
 
     def steps(self, start: int = 0) -> Iterator[StepPlan]:
@@ -156,19 +197,25 @@ class Plan:
         for index in range(start, self.num_steps):
             yield self.step(index)
 
+    def costs(self, refs: Sequence[SampleRef]) -> Costs:
+        """Predict the costs of some samples."""
+        source = np.array([ref.source for ref in refs], dtype=np.int64)
+        return self._predict(source, np.array([ref.index for ref in refs], dtype=np.int64))
+
     def state(self, step: int) -> dict[str, Any]:
         """Describe the position after `step` steps and what must be the same to go on: below 1 KB of JSON."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        state = {
-            "step": step,
-            "epoch": epoch,
-            "step_in_epoch": step_in_epoch,
-            "digest": self.digest,
-            **self._identity(),
-        }
-        if len(json.dumps(state).encode()) > _MAX_STATE_BYTES:
-            state["sources"] = _hash_json(state["sources"])
-        return state
+        return bounded(
+            {
+                "step": step,
+                "epoch": epoch,
+                "step_in_epoch": step_in_epoch,
+                "digest": self.digest,
+                **self._identity(),
+                # under packing they decide the cut alone: a run goes on with them, but may go on with others
+                "lengths": self._lengths.digest if self.settings.mode != "padding" else None,
+            }
+        )
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Check that a saved position belongs to this plan.
@@ -176,37 +223,63 @@ class Plan:
         Raises:
             CheckpointError: naming everything that has changed.
         """
-        if state.get("digest") == self.digest:
-            return
-        own = self._identity()
-        if not isinstance(state.get("sources"), list):
-            own["sources"] = _hash_json(own["sources"])
-        changes = [
-            f"  {name}: checkpoint {_shown(state.get(name))}, now {_shown(value)}"
-            for name, value in own.items()
-            if name != "sources" and state.get(name) != value
-        ]
-        changes += _source_changes(state.get("sources"), own["sources"])
-        raise CheckpointError(
-            "the checkpoint's data order is not this run's; it cannot be continued exactly:\n"
-            + "\n".join(changes or [f"  digest: checkpoint {state.get('digest')}, now {self.digest}"])
-            + "\nrestore the values of the checkpoint, or start a new run"
-        )
+        check_same(state, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """All that decides which samples a step has. How long the run is does not, nor how a step is cut."""
+        by_length = self.settings.by_length
         return {
             "order_version": ORDER_VERSION,
             "global_batch_size": self.settings.global_batch_size,
-            "mode": self.settings.mode,
+            "order": "grouped by length" if by_length else "shuffled",
             "seed": self.settings.seed,
             "shuffle": self.settings.shuffle,
-            "lengths": self._lengths.digest,
+            "lengths": self._lengths.digest if by_length else None,
             "sources": [
                 [source.name, len(source), repeat, hashlib.sha256(source.manifest_hash.encode()).hexdigest()[:16]]
                 for source, repeat in zip(self._sources, self._repeats, strict=True)
             ],
         }
+
+    def _cut(self, samples: Samples, costs: Costs | None) -> list[list[int | None]]:
+        """Cut a step into padded micro-batches, in the order in which they are dealt to ranks."""
+        settings = self.settings
+        keys = None if costs is None else costs.batch_key
+        if self._num_nodes == 1:
+            slots = range(len(samples))
+            return cut_padded(slots, keys, settings.micro_batch_size, settings.global_batch_size)
+        shares = share_among_nodes(self._node_of(samples), self._num_nodes, settings.global_batch_size)
+        slots_per_node = settings.global_batch_size // self._num_nodes
+        cut = [cut_padded(share, keys, settings.micro_batch_size, slots_per_node) for share in shares]
+        return in_dealing_order(rows_per_node(cut, self.layout.ranks_per_node))
+
+    def _pack(self, samples: Samples, costs: Costs | None) -> list[list[int]]:
+        """Cut a step into packs, in the order in which they are dealt to ranks."""
+        assert costs is not None
+        assert self.settings.pack is not None
+        node = self._node_of(samples)
+        parts = [np.flatnonzero(node == number) for number in range(self._num_nodes)]
+        packs = pack_step(costs, self.settings.pack, parts, self.layout.world_size // self._num_nodes)
+        return in_dealing_order(packs)
+
+    def _node_of(self, samples: Samples) -> NDArray[np.int64]:
+        """Which node's groups each sample is of: contiguous runs of groups."""
+        return samples.group.astype(np.int64) * self._num_nodes // self.num_groups
+
+    def _samples_of(self, index: int) -> tuple[Samples, Costs | None]:
+        if not 0 <= index < self.num_steps:
+            raise IndexError(f"step {index} of {self.num_steps}")
+        epoch, step_in_epoch = divmod(index, self.steps_per_epoch)
+        number = self._window_of(step_in_epoch)
+        window = self._windows.get((epoch, number))
+        if window is None:
+            window = self._plan_window(epoch, number)
+            kept = [*self._windows.items(), ((epoch, number), window)][-_KEPT_WINDOWS:]
+            self._windows = dict(kept)  # replaced as a whole: a prefetching thread may plan at the same time
+        size = self.settings.global_batch_size
+        start = (step_in_epoch - self._first_step(number)) * size
+        chosen = np.arange(start, min(start + size, len(window.samples)))
+        return window.samples.take(chosen), None if window.costs is None else _take(window.costs, chosen)
 
     def _window_of(self, step_in_epoch: int) -> int:
         """Return the window that a step lies in; windows differ by at most one step in length."""
@@ -215,70 +288,40 @@ class Plan:
     def _first_step(self, window: int) -> int:
         return window * self.steps_per_epoch // self._num_windows
 
-    def _steps_of(self, epoch: int, window: int) -> list[Samples]:
-        steps = self._windows.get((epoch, window))
-        if steps is None:
-            steps = self._plan_window(epoch, window)
-            kept = [*self._windows.items(), ((epoch, window), steps)][-_KEPT_WINDOWS:]
-            self._windows = dict(kept)  # replaced as a whole: a prefetching thread may plan at the same time
-        return steps
-
-    def _plan_window(self, epoch: int, window: int) -> list[Samples]:
+    def _plan_window(self, epoch: int, number: int) -> _Window:
         settings = self.settings
-        groups = num_groups(settings.global_batch_size)
-        order = EpochOrder(self._shapes, settings.seed, epoch, groups, settings.shuffle)
+        order = EpochOrder(self._shapes, settings.seed, epoch, self.num_groups, settings.shuffle)
         size = settings.global_batch_size
-        start = self._first_step(window) * size
-        stop = min(self._first_step(window + 1) * size, self.num_epoch_samples)
-        samples = order.window(start, stop)
-        by_length = settings.mode == "group_by_length"
+        stop = min(self._first_step(number + 1) * size, self.num_epoch_samples)
+        samples = order.window(self._first_step(number) * size, stop)
+        costs = self._predict(samples.source, samples.row) if self._needs_costs else None
         if settings.shuffle:
-            lengths = self._predict_lengths if by_length else None
-            return cut_into_steps(samples, size, (settings.seed, epoch, window), lengths)
-        steps = [samples.take(np.arange(i, min(i + size, len(samples)))) for i in range(0, len(samples), size)]
-        if by_length:
-            steps = [step.take(np.argsort(-self._predict_lengths(step), kind="stable")) for step in steps]
-        return steps
+            state = (settings.seed, epoch, number)
+            ordered = order_window(samples, size, state, costs if settings.by_length else None)
+        elif settings.by_length and costs is not None:
+            ordered = np.lexsort((np.arange(len(samples)), -costs.tokens, np.arange(len(samples)) // size))
+        else:
+            return _Window(samples, costs)
+        return _Window(samples.take(ordered), None if costs is None else _take(costs, ordered))
 
-    def _predict_lengths(self, samples: Samples) -> NDArray[np.int64]:
-        lengths = np.zeros(len(samples), dtype=np.int64)
+    def _predict(self, source: NDArray[np.integer], rows: NDArray[np.int64]) -> Costs:
+        """Predict costs, asking for each source's rows in their order: each shard's index is then opened once."""
+        costs = Costs(*(np.zeros(len(rows), dtype=np.int64) for _ in range(3)))
         for number in range(len(self._sources)):
-            chosen = samples.source == number
-            if chosen.any():
-                lengths[chosen] = self._lengths.costs(number, samples.row[chosen]).tokens
-        return lengths
+            chosen = np.flatnonzero(source == number)
+            if len(chosen):
+                chosen = chosen[np.argsort(rows[chosen], kind="stable")]
+                found = self._lengths.costs(number, rows[chosen])
+                costs.tokens[chosen], costs.patches[chosen] = found.tokens, found.patches
+                costs.batch_key[chosen] = found.batch_key
+        return costs
+
+
+def _take(costs: Costs, chosen: NDArray[np.int64]) -> Costs:
+    return Costs(costs.tokens[chosen], costs.patches[chosen], costs.batch_key[chosen])
 
 
 def _num_epoch_samples(source: Source, repeat: float) -> int:
     if not (math.isfinite(repeat) and repeat > 0):
         raise DataError(f"{source.name}: repeat must be above 0, got {repeat}")
     return math.floor(repeat * len(source) + _ROUNDING)
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _source_changes(before: Any, now: Any) -> list[str]:
-    """List how the sources differ, one line each."""
-    if not isinstance(before, list):
-        return [] if before == now else ["  sources: their names, sizes, repeats or contents have changed"]
-    changes = []
-    for i in range(max(len(before), len(now))):
-        old, new = (rows[i] if i < len(rows) else None for rows in (before, now))
-        if old == new:
-            continue
-        if old is None or new is None:
-            changes.append(f"  source {i}: checkpoint {old and old[0]}, now {new and new[0]}")
-            continue
-        parts = [
-            f"{what} {_shown(a)} -> {_shown(b)}"
-            for what, a, b in zip(("name", "samples", "repeat", "contents"), old, new, strict=False)
-            if a != b
-        ]
-        changes.append(f"  source {i} ({new[0]}): {', '.join(parts)}")
-    return changes

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from vlm_dist.data.index.facts import SampleFacts
 from vlm_dist.data.index.manifest import Manifest, ShardEntry
 from vlm_dist.data.index.shard_index import SampleSpan, ShardIndex, build_index, keep_index, read_index, sidecar_paths
-from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
+from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, build_command, setting, source_name
 from vlm_dist.data.sources.media import MediaColumns, MediaRoot
-from vlm_dist.data.sources.shards import block_digests, find_files, limited_sizes, locate_in_blocks, row_blocks
+from vlm_dist.data.sources.rows import BlockRows, limited_sizes
+from vlm_dist.data.storage.find import find_files
 from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import RawSample, SampleOrigin
 from vlm_dist.errors import DataError, SkipSample
@@ -31,7 +32,7 @@ _SPACE = " \t\r\n"
 log = logging.getLogger(__name__)
 
 
-class JsonSource:
+class JsonSource(BlockRows):
     """Records of local JSON files.
 
     Args:
@@ -52,17 +53,17 @@ class JsonSource:
         renames: Mapping[str, str] | None = None,
         max_samples: int | None = None,
     ) -> None:
-        self.name = name
         self._files = OpenFiles(paths)
         self._spans = [np.stack([index.offsets[_RECORD], index.sizes[_RECORD]], axis=1) for index in indexes]
         self._facts = np.concatenate([index.facts for index in indexes])
-        self._media = media
-        self._media_names = frozenset(column for index in indexes for column in index.notes["media_columns"])
+        media_names = {column for index in indexes for column in index.notes["media_columns"]}
         fields = dict.fromkeys(field for index in indexes for field in index.json_fields)
-        self._columns = ColumnNames(name, list(fields), renames)
-        self._starts = [0, *accumulate(limited_sizes([len(index) for index in indexes], max_samples))]
+        *self._starts, num_rows = [0, *accumulate(limited_sizes([len(index) for index in indexes], max_samples))]
+        # where the facts of each file start: of all of its records, while a source of max_samples has fewer rows
+        self._shifts = np.cumsum([0, *map(len, self._spans[:-1])]) - np.asarray(self._starts)
         entries = (ShardEntry.of(path.name, index) for path, index in zip(paths, indexes, strict=True))
-        self._hash = Manifest(tuple(entries)).hash + ("" if max_samples is None else f":{max_samples}")
+        digest = Manifest(tuple(entries)).hash + ("" if max_samples is None else f":{max_samples}")
+        super().__init__(name, ColumnNames(name, list(fields), renames), num_rows, digest, media, media_names)
 
     @classmethod
     def open(
@@ -74,60 +75,25 @@ class JsonSource:
         if not patterns:
             raise DataError(f"{name}: a jsonl source needs path or data_files (a .jsonl file, a .json list, a glob)")
         paths = [path for pattern in patterns for path in find_files(name, pattern, (".jsonl", ".ndjson", ".json"))]
-        root = MediaRoot(name, Path(setting(settings, "media_root", paths[0].parent)))
+        folder = Path(setting(settings, "media_root", paths[0].parent))
+        root = MediaRoot(name, folder, build_command=build_command(settings, patterns[0]))
         renames = setting(settings, "columns", {})
         declared = None if media_columns is None else frozenset(renames.get(column, column) for column in media_columns)
         indexes = [_load_or_scan(name, path, index_dir, root, declared) for path in paths]
         media = MediaColumns(root, declared)
         return cls(name, paths, indexes, media, renames, setting(settings, "max_samples"))
 
-    def keep_columns(self, used: Collection[str]) -> None:
-        """Read no media file but those of these columns."""
-        self._columns.keep(used)
-        self._media_names = frozenset(name for name in self._media_names if self._columns.is_kept(name))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Keys of the records, renamed."""
-        return self._columns.names
-
-    @property
-    def manifest_hash(self) -> str:
-        """Hex digest over the contents of the files and the facts of their media."""
-        return self._hash
-
-    @property
-    def shard_sizes(self) -> Sequence[int]:
-        """Blocks of rows: any row is as cheap as the next."""
-        return row_blocks(len(self))
-
-    @property
-    def shard_digests(self) -> Sequence[str]:
-        """One digest per block of rows."""
-        return block_digests(self._hash, len(self))
-
     def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Length facts per row."""
         rows = np.asarray(rows)
         files = np.searchsorted(self._starts, rows, side="right") - 1
-        whole = np.concatenate([[0], np.cumsum([len(spans) for spans in self._spans])])  # before max_samples
-        facts: NDArray[np.void] = self._facts[whole[files] + rows - np.asarray(self._starts)[files]]
+        facts: NDArray[np.void] = self._facts[rows + self._shifts[files]]
         return facts
-
-    def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Find the block of each row, and its row within the block."""
-        return locate_in_blocks(rows)
-
-    def will_read(self, rows: NDArray[np.int64]) -> None:
-        """Nothing to do: records and media are local."""
 
     def origin(self, index: int) -> SampleOrigin:
         """Say where a record is: its file and its number in it, from 0."""
         number, row = self._locate(index)
-        return SampleOrigin(self.name, self._files.paths[number].name, str(row))
+        return SampleOrigin(self.name, Path(self._files.paths[number]).name, str(row))
 
     def read(self, index: int) -> RawSample:
         """Read one record and the files of its media columns.
@@ -139,14 +105,13 @@ class JsonSource:
         number, row = self._locate(index)
         origin = self.origin(index)
         offset, size = self._spans[number][row].tolist()
-        record = _parse(self._files.read(number, offset, size))
+        record = parse_record(self._files.read(number, offset, size))
         if record is None:
             raise SkipSample("bad_sample", f"{origin}: the record is not a JSON object")
-        return RawSample(self._columns.apply(self._media.load(self._media_names, record)), origin)
+        return self._sample(record, origin)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: row {index} of {len(self)}")
+        self._check(index)
         number = bisect_right(self._starts, index) - 1
         return number, index - self._starts[number]
 
@@ -184,9 +149,9 @@ def _scan(name: str, path: Path, media: MediaColumns) -> ShardIndex:
     spans: list[SampleSpan] = []
     num_bad = 0
     content = hashlib.sha256()
-    for offset, data in _records(where, path):
+    for offset, data in json_records(where, path):
         content.update(data)
-        record = _parse(data)
+        record = parse_record(data)
         if record is None:
             num_bad += 1
             facts = SampleFacts()
@@ -207,7 +172,7 @@ def _scan(name: str, path: Path, media: MediaColumns) -> ShardIndex:
     return build_index(spans, path.stat().st_size, notes)
 
 
-def _records(where: str, path: Path) -> Iterator[tuple[int, bytes]]:
+def json_records(where: str, path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, bytes) of every line that is not empty, or of every element of a list."""
     if path.name.endswith((".gz", ".zst", ".xz", ".bz2")):
         raise DataError(f"{where}: compressed files cannot be read by offset; decompress it")
@@ -246,7 +211,8 @@ def _list_elements(where: str, data: bytes) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{where}: not a valid JSON list: {error}") from error
 
 
-def _parse(data: bytes) -> dict[str, Any] | None:
+def parse_record(data: bytes) -> dict[str, Any] | None:
+    """Parse one record; None where it is no JSON object."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):

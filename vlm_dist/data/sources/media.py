@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.index.facts import SampleFacts, media_kind, text_bytes
 from vlm_dist.data.storage.open_files import with_retries
+from vlm_dist.data.storage.remote.urls import shown
 from vlm_dist.errors import DataError, SkipSample
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,22 @@ class MediaRoot:
     Args:
         where: names the source in errors.
         root: None where the data has no media paths to resolve.
+        own_folders: where paths that the data set's builder wrote may lead without a root.
+        build_command: writes the data into shards; told where it cannot be trained on as it is.
     """
 
-    def __init__(self, where: str, root: Path | None) -> None:
+    def __init__(
+        self,
+        where: str,
+        root: Path | None,
+        own_folders: Sequence[Path] = (),
+        build_command: str = "vlm-dist shards build --path DATA --out DIRECTORY",
+    ) -> None:
         self._where = where
+        self._build_command = build_command
         self.root = root
         self._real = os.path.realpath(root) if root is not None else None
+        self._own_real = sorted({os.path.realpath(folder) for folder in own_folders})
 
     def resolve(self, value: str) -> Path:
         """Return the file that a media path means.
@@ -36,8 +47,8 @@ class MediaRoot:
         """
         if "://" in value:
             raise DataError(
-                f"{self._where}: {value!r} is a URL; training reads local files only. Fetch the media first, "
-                "into files under media_root or into tar shards (vlm_dist.data.shards.writer.ShardWriter)"
+                f"{self._where}: {shown(value)!r} is a URL; training fetches no media. "
+                f"Write the data into shards once: {self._build_command}"
             )
         if self._real is None:
             raise DataError(
@@ -48,6 +59,22 @@ class MediaRoot:
             raise DataError(
                 f"{self._where}: {value!r} leads out of media_root {self.root}; "
                 "media must lie under it, also behind symbolic links"
+            )
+        return Path(real)
+
+    def resolve_own(self, value: str) -> Path:
+        """Return the file that a path means which the data set's builder wrote.
+
+        Raises:
+            DataError: for a path outside the root, or without one outside the data set's own folders.
+        """
+        if self._real is not None or "://" in value:
+            return self.resolve(value)
+        real = os.path.realpath(value)
+        if not any(os.path.commonpath([real, folder]) == folder for folder in self._own_real):
+            raise DataError(
+                f"{self._where}: {value!r} is neither in the data set's own folder nor in the cache of `datasets`; "
+                "set media_root to the folder that holds its media"
             )
         return Path(real)
 
@@ -162,9 +189,7 @@ class MediaColumns:
         return value
 
     def _path(self, column: str, value: str) -> Path:
-        if column in self.typed and self.root.root is None and "://" not in value:
-            return Path(value)  # written by the data set's builder, not by a sample
-        return self.root.resolve(value)
+        return self.root.resolve_own(value) if column in self.typed else self.root.resolve(value)
 
 
 def sniff_kind(data: bytes) -> str:

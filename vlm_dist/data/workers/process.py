@@ -1,8 +1,8 @@
-"""What runs in a data worker, and how micro-batches come back from it.
+"""What runs in a data worker, and the form in which micro-batches come back from it (`transport` has the way).
 
-A micro-batch travels as plain bytes through a pipe that only this worker writes to. Torch's own way of sending tensors
-would keep file descriptors open in both processes and lose tensors when a worker dies; a pipe that workers share would
-be blocked for good by one that dies in the middle of a message.
+Torch's own way of sending tensors would keep file descriptors open in both processes and lose tensors when a worker
+dies; a pipe that workers share would be blocked for good by one that dies in the middle of a message. So every worker
+has a pipe of its own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from multiprocessing import connection
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
+from vlm_dist.data.workers import progress
+from vlm_dist.data.workers.allocator import keep_freed_memory
+from vlm_dist.data.workers.transport import Sender
 from vlm_dist.errors import DataError, VlmDistError
 
 Materialise = Callable[[MicroBatchJob], MicroBatch]
@@ -31,29 +35,39 @@ Materialise = Callable[[MicroBatchJob], MicroBatch]
 #: What a worker sends first.
 READY = b""
 
-_PROTOCOL = 5
 
-
-def run_worker(pipe: connection.Connection, payload: bytes) -> None:
+def run_worker(pipe: connection.Connection, payload: bytes, board: progress.Board) -> None:
     """Make the micro-batches that are asked for until the pipe is closed.
 
     Args:
         pipe: takes READY, then gives jobs and takes packed results.
         payload: the pickled materialiser.
+        board: where it is noted what this worker is at.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_owner, name="owner-watch", daemon=True).start()
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
+    keep_freed_memory()
+    progress.attach(board)
+    me = psutil.Process()
     materialise = _set_up(payload)
+    sender = Sender(pipe)
     pipe.send_bytes(READY)
     while True:
         try:
-            job = pipe.recv()
+            job, released = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send_bytes(_make(materialise, job))
+        sender.release(released)
+        content = _make(materialise, job)
+        progress.between_samples()  # also after an error in the midst of a sample
+        memory = me.memory_info()
+        # without what it shares with others: the code of the libraries, and files that it has mapped
+        board.memory_bytes = memory.rss - getattr(memory, "shared", 0)
+        sender.send(content)
+        del content  # not held while the next one is made
 
 
 def _end_with_owner() -> None:
@@ -81,28 +95,26 @@ def _set_up(payload: bytes) -> Materialise:
     return materialise
 
 
-def _make(materialise: Materialise, job: MicroBatchJob) -> bytes:
+def _make(materialise: Materialise, job: MicroBatchJob) -> Any:
     try:
         return pack(materialise(job))
     except VlmDistError as error:
-        return pickle.dumps(error, _PROTOCOL)
+        return error
     except Exception as error:  # noqa: BLE001 - raised in the owner
         # as text: the exception itself may not be picklable
         text = "".join(traceback.format_exception(error))
         print(text, file=sys.stderr, flush=True)  # noqa: T201 - a worker has no logger
-        return pickle.dumps(RuntimeError(f"in a data worker: {type(error).__name__}: {error}\n{text}"), _PROTOCOL)
+        return RuntimeError(f"in a data worker: {type(error).__name__}: {error}\n{text}")
 
 
-def pack(batch: MicroBatch) -> bytes:
-    """Turn a micro-batch into bytes."""
+def pack(batch: MicroBatch) -> Any:
+    """Turn a micro-batch into something whose arrays pickle can leave out."""
     arrays = {name: _to_array(tensor) for name, tensor in batch.inputs.items()}
-    rest = replace(batch, inputs={}, labels=torch.empty(0))
-    return pickle.dumps((arrays, _to_array(batch.labels), rest), _PROTOCOL)
+    return arrays, _to_array(batch.labels), replace(batch, inputs={}, labels=torch.empty(0))
 
 
-def unpack(data: bytes) -> MicroBatch:
+def unpack(content: Any) -> MicroBatch:
     """Undo `pack`, bit for bit; raise the error that came in the place of a micro-batch."""
-    content: Any = pickle.loads(data)  # noqa: S301 - written by our own worker
     if isinstance(content, Exception):
         raise content
     arrays, labels, batch = content

@@ -1,4 +1,4 @@
-"""Finding local shards by directory, glob or brace pattern, and counting their samples."""
+"""Finding local files by directory, glob or brace pattern."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vlm_dist.errors import DataError
-
-ROWS_PER_BLOCK = 256
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
@@ -33,7 +28,7 @@ def find_files(where: str, pattern: str, endings: tuple[str, ...]) -> list[Path]
         DataError: if nothing is found, or a file named by braces is missing.
     """
     if "://" in pattern or pattern.startswith("pipe:"):
-        raise DataError(f"{where}: {pattern!r} is not a local path; reading over the network is not yet supported")
+        raise DataError(f"{where}: {pattern!r} is not a local path; only shards (type: tar) are read from elsewhere")
     found: list[Path] = []
     missing: list[str] = []
     for text in expand_braces(pattern):
@@ -67,34 +62,6 @@ def expand_braces(pattern: str) -> list[str]:
         position = match.end()
     parts.append([pattern[position:]])
     return ["".join(choice) for choice in itertools.product(*parts)]
-
-
-def limited_sizes(sizes: Sequence[int], max_samples: int | None) -> list[int]:
-    """Cut shard sizes so that they sum to at most `max_samples`; shards that are left out have size 0."""
-    if max_samples is None:
-        return list(sizes)
-    limited: list[int] = []
-    left = max_samples
-    for size in sizes:
-        limited.append(min(size, left))
-        left -= limited[-1]
-    return limited
-
-
-def row_blocks(num_rows: int) -> list[int]:
-    """Cut data with cheap access to any row into small shards, so that few files still give many orders."""
-    return [min(ROWS_PER_BLOCK, num_rows - start) for start in range(0, num_rows, ROWS_PER_BLOCK)]
-
-
-def block_digests(manifest_hash: str, num_rows: int) -> list[str]:
-    """Name the blocks of `row_blocks`."""
-    return [f"{manifest_hash}-{start // ROWS_PER_BLOCK}" for start in range(0, num_rows, ROWS_PER_BLOCK)]
-
-
-def locate_in_blocks(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the block of each row, and its row within the block."""
-    blocks, within = np.divmod(np.asarray(rows, dtype=np.int64), ROWS_PER_BLOCK)
-    return blocks, within
 
 
 def _alternatives(body: str) -> Iterator[str]:

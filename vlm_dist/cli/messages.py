@@ -1,0 +1,13 @@
+"""What commands log while they work: plain lines on the standard error."""
+
+from __future__ import annotations
+
+import logging
+
+
+def show_messages() -> None:
+    """Show our own messages and everybody's warnings; may be called again."""
+    from vlm_dist.observability import logging_setup
+
+    logging_setup.show_messages("%(levelname)s: %(message)s")
+    logging.getLogger("vlm_dist").setLevel(logging.INFO)

@@ -1,0 +1,96 @@
+"""What a tar source needs of the place where its shards are, and which place a path means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_dist.data.index.describe import describe_shards
+from vlm_dist.data.index.manifest import Manifest
+from vlm_dist.data.index.shard_index import ShardIndex
+from vlm_dist.data.storage.find import find_files
+from vlm_dist.data.storage.local_shards import LocalShards
+from vlm_dist.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """How data that is not in local files is kept on this machine.
+
+    Attributes:
+        dir: of the copies; None: a folder of this user in the directory for temporary files.
+        max_bytes: of all copies together.
+        mode: `whole` copies shards, `range` reads samples where they are, `auto` copies them and reads samples where
+            they are until the copy is there, and where there is no room for it.
+        lookahead_steps: how many steps before it is needed a shard is fetched.
+    """
+
+    dir: Path | None = None
+    max_bytes: int = 200 * 10**9
+    mode: Literal["auto", "whole", "range"] = "auto"
+    lookahead_steps: int = 64
+
+
+class ShardStorage(Protocol):
+    """The shards of one source, by number; picklable, opens what it needs lazily (also after a fork or spawn)."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, shard: int) -> str:
+        """File name, for people."""
+
+    def place(self, shard: int) -> str:
+        """Path or URL, for errors; without what must not be shown."""
+
+    def index(self, shard: int, digest: str) -> ShardIndex:
+        """Load the index of this digest."""
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Read exactly `size` bytes."""
+
+    def will_read(self, spans: Mapping[int, NDArray[np.int64]]) -> None:
+        """Be told what will be read soon: shard -> [n, 2] start and stop in bytes, the nearest shard first."""
+
+
+#: Endings of shards that cannot be read by offset, and are unpacked once.
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+
+
+def is_remote(pattern: str) -> bool:
+    """Whether a path is a URL."""
+    return "://" in pattern and not pattern.startswith("pipe:")
+
+
+def open_storage(
+    where: str, patterns: Sequence[str], index_dir: Path | None, cache: CacheSettings
+) -> tuple[ShardStorage, Manifest]:
+    """Find the shards that some patterns mean, and what is in them.
+
+    Args:
+        where: names the source in errors.
+        patterns: directories, files, globs, brace patterns, URLs, or `pipe:` commands; all of one kind.
+        index_dir: where indexes go that cannot lie beside the data.
+        cache: for data that is not in local files.
+
+    Raises:
+        DataError: if there is no such data, or it cannot be used.
+    """
+    if any(map(is_remote, patterns)):
+        from vlm_dist.data.storage.remote.shards import open_remote_shards
+
+        return open_remote_shards(where, patterns, index_dir, cache)
+    if any(pattern.startswith("pipe:") or pattern.endswith(COMPRESSED) for pattern in patterns):
+        from vlm_dist.data.storage.spool import spool_shards
+
+        paths = spool_shards(where, patterns, cache)
+        return LocalShards(paths, index_dir), describe_shards(paths, index_dir)
+    paths = list(dict.fromkeys(path for pattern in patterns for path in find_files(where, pattern, (".tar",))))
+    if not paths:
+        raise DataError(f"{where}: no shards")
+    shown = patterns[0] if len(patterns) == 1 else None
+    return LocalShards(paths, index_dir), describe_shards(paths, index_dir, shown)
