@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,6 +131,7 @@ def ask_all(loaders: Sequence[str], asked: Sequence[Question], scale: Scale, mem
     """
     answers = Answers()
     for number in range(scale.rounds):
+        print(f"round {number + 1} of {scale.rounds} ...", file=sys.stderr, flush=True)
         # a fresh process per round, so that start-up is measured as often as the rest
         processes = _start(loaders, answers, log)
         try:

@@ -57,7 +57,7 @@ def describe_shards(paths: Sequence[Path], index_dir: Path | None = None, patter
         found = _index_all([paths[i] for i in unsure], [statuses[i].st_size for i in unsure], index_dir, where)
         for i, entry in zip(unsure, found, strict=True):
             entries[i] = entry
-    folders = {path.parent: path.parent.resolve() for path in paths}
+    folders = {folder: folder.resolve() for folder in dict.fromkeys(path.parent for path in paths)}
     _tell_unfinished(paths, list(folders))
     root = os.path.commonpath(list(folders.values()))
     below = {folder: os.path.relpath(resolved, root) for folder, resolved in folders.items()}
