@@ -109,6 +109,15 @@ def write_run_file(run: TinyRun, name: str, printed: str) -> Path:
     return path
 
 
+def build(run: TinyRun, process: Preloaded, name: str, options: list[str]) -> Path:
+    """Build shards of one of the files, and write a run file with the lines that the command prints."""
+    arguments = ["--path", f"{name}.json", "--media-root", "media", "--out", f"data/{name}", "--max-samples", "2"]
+    ended = process.run("vlm_dist.cli", ["shards", "build", *arguments, "--overwrite", *options], run.directory)
+    assert ended.exit_code == 0, ended.output
+    assert "4 samples in 2 shards" in ended.stdout
+    return write_run_file(run, name, ended.stdout)
+
+
 def batches(path: Path) -> Iterator[tuple[MicroBatch, str]]:
     """Every sample as a micro-batch of its own, and the text of its first row."""
     config = load_run(path, [])
@@ -133,11 +142,7 @@ def batches(path: Path) -> Iterator[tuple[MicroBatch, str]]:
 def test_what_is_printed_trains(
     run: TinyRun, process: Preloaded, name: str, options: list[str], shown: list[tuple[int, int]]
 ) -> None:
-    arguments = ["--path", f"{name}.json", "--media-root", "media", "--out", f"data/{name}", "--max-samples", "2"]
-    ended = process.run("vlm_dist.cli", ["shards", "build", *arguments, *options], run.directory)
-    assert ended.exit_code == 0, ended.output
-    assert "4 samples in 2 shards" in ended.stdout
-    path = write_run_file(run, name, ended.stdout)
+    path = build(run, process, name, options)
     checked = process.run("vlm_dist.cli", ["config", str(path)], run.directory)
     assert checked.exit_code == 0, checked.output
     for (batch, text), (num_images, num_videos) in zip(batches(path), shown, strict=True):
@@ -150,7 +155,7 @@ def test_what_is_printed_trains(
 
 def test_it_trains(run: TinyRun, process: Preloaded) -> None:
     """The real command line, over the conversations with pictures, clips and text alone."""
-    path = run.directory / "configs" / "llava.yaml"
+    path = build(run, process, "llava", ["--key-column", "id"])
     ended = process.run("vlm_dist.train", ["--config", str(path)], run.directory, timeout_seconds=120)
     assert ended.exit_code == 0, ended.output
     assert len(run.metrics("llava-run")) == 2

@@ -113,6 +113,8 @@ class Walk:
             for row in range(len(opened)):
                 batch = materialise(MicroBatchJob(0, 0, (SampleRef(number, row),)))
                 text = processor.tokenizer.decode(batch.inputs["input_ids"][0])
+                end = text.rindex("<|im_end|>") + len("<|im_end|>\n")
+                text = text[:end]  # behind it stands what the run shows, but not this sample
                 yield batch, re.sub(r"(<\|(?:image|video)_pad\|>)+", lambda m: f"[{m[0].count('pad')}]", text)
 
     def targets(self, batch: MicroBatch) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tests.bench.batching import MODES, measure_batching
@@ -53,6 +54,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="our own figures, from few pictures")
     parser.add_argument("--loaders", help=f"of {','.join((OURS, *PEERS, TUNED))}")
     parser.add_argument("--figures", help="beginnings of their names, as in raw,decode,training,first,resume,memory")
+    parser.add_argument("--rounds", type=int, help="measurements of every figure")
     parser.add_argument("--page", type=Path, help="where the page is written")
     options = parser.parse_args()
     chosen = tuple(options.loaders.split(",")) if options.loaders else (OURS, *PEERS, TUNED)
@@ -62,6 +64,7 @@ def main() -> int:
     LOG.parent.mkdir(parents=True, exist_ok=True)
     LOG.write_text("")
     scale = QUICK_SCALE if options.quick else FULL_SCALE
+    scale = replace(scale, rounds=options.rounds or scale.rounds)
     sets = [
         (one.name.removesuffix("-quick"), make_pictures(FOLDER, one).parent, one.num_samples)
         for one in (QUICK if options.quick else FULL)
@@ -83,7 +86,7 @@ def main() -> int:
     _report_batching(report, num_samples=16_384 if options.quick else 65_536)
     report.summarise()
     default = ROOT / ".bench" / "data-quick.md" if options.quick else ROOT / "docs" / "benchmarks" / "data.md"
-    whole = not (options.loaders or options.figures)
+    whole = not (options.loaders or options.figures or options.rounds)
     page = options.page or (default if whole else ROOT / ".bench" / "data-part.md")
     write_data_page(page, "make bench-data" + (" BENCH=quick" if options.quick else ""), report, answers, scale, sets)
     print(f"wrote {page}", file=sys.stderr)

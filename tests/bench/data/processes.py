@@ -64,6 +64,8 @@ class LoaderProcess:
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         answer = self._read(limit_seconds)
+        with self._log.open("a") as log:
+            log.write(json.dumps({"loader": self.name, **request, **answer}) + "\n")
         if "error" in answer:
             raise MeasureError(f"{self.name}: {what}: {answer['error']}; see {self._log}")
         return answer

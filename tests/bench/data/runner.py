@@ -8,6 +8,7 @@ Forking after the imports keeps them out of the measurements, and out of the ben
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -33,6 +34,7 @@ _MEMORY_EVERY = 500  # samples
 def main() -> None:
     """Answer requests until the standard input ends."""
     started = float(os.environ["BENCH_STARTED"])
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a loader prints is no answer
     module = importlib.import_module(f"tests.bench.data.loaders.{sys.argv[1]}")
@@ -43,10 +45,19 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            _end_with_parent()
             _answer(module, request, answers)
         os.waitpid(pid, 0)
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # workers that it has left
+
+
+def _end_with_parent() -> None:
+    """Be killed when the parent dies, however that comes about: nothing of a bench that was stopped stays behind."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _answer(module: Any, request: dict[str, Any], answers: Any) -> None:
