@@ -13,6 +13,8 @@ DEMO   ?= full
 ZERO   ?= 2
 BENCH  ?= full
 PYTEST_ARGS ?=
+# test processes: most tests wait for processes that they started; a file stays in one, as its tests share what is slow to make
+JOBS   ?= 2
 
 # two processes share the cores: one thread each, unless the caller knows better
 export OMP_NUM_THREADS ?= 1
@@ -39,8 +41,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the main job on the embedded data set, and its proof (DEMO=short, ZERO=3)
 	$(BIN)/python -m vlm_dist.demo --zero $(ZERO) $(if $(filter short,$(DEMO)),--short)
 
-test: $(STAMP)  ## all tests but the opt-in ones (PYTEST_ARGS=...)
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+test: $(STAMP)  ## all tests but the opt-in ones (JOBS=2, PYTEST_ARGS=...)
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(STAMP)  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_dist.data.encoding.patches import PatchImages, with_fast_patches
+from vlm_dist.data.encoding.quick_processor import quicken
 
 
 def picture(width, height, seed=0):
@@ -45,12 +46,33 @@ def test_pictures_of_any_size(processor, sizes, as_tensor):
 
 
 def test_the_whole_processor(processor):
-    text = "<|vision_start|><|image_pad|><|vision_end|>seven"
-    for fast in (with_fast_patches(processor), pickle.loads(pickle.dumps(with_fast_patches(processor)))):
-        ours = fast(text=[text], images=[[picture(100, 60)]], images_kwargs={"return_tensors": "pt"})
-        theirs = processor(text=[text], images=[[picture(100, 60)]], images_kwargs={"return_tensors": "pt"})
-        assert ours["input_ids"] == theirs["input_ids"]
-        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    marker = "<|vision_start|><|{}_pad|><|vision_end|>"
+    calls = [
+        {"text": ["seven"], "text_kwargs": {"return_offsets_mapping": True}},
+        {"text": [marker.format("image") + "seven"], "images": [[picture(100, 60)]]},
+        {
+            "text": [marker.format("image") + "é"] * 2,
+            "images": [[picture(100, 60)], [picture(60, 90)]],
+            "padding": True,
+        },
+        {"text": [marker.format("video")], "videos": [np.zeros((4, 56, 84, 3), np.uint8)]},
+    ]
+    quick = quicken(processor)
+    for one in (quick, pickle.loads(pickle.dumps(quick))):
+        for call in calls * 2:  # the second time from memory
+            again = copy.deepcopy(call)
+            ours = one(**call, images_kwargs={"return_tensors": "pt"}, videos_kwargs={"return_tensors": "pt"})
+            theirs = processor(**again, images_kwargs={"return_tensors": "pt"}, videos_kwargs={"return_tensors": "pt"})
+            assert set(ours) == set(theirs)
+            for key, value in theirs.items():
+                assert torch.equal(value, ours[key]) if isinstance(value, torch.Tensor) else value == ours[key]
+
+
+def test_what_a_class_does_itself_is_not_replaced(processor):
+    own = copy.copy(processor)
+    own.__class__ = type("Own", (type(processor),), {"create_mm_token_type_ids": lambda self, input_ids: "mine"})
+    assert quicken(own).create_mm_token_type_ids([[1]]) == "mine"
+    assert quicken(processor.tokenizer) is processor.tokenizer
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_dist.data.encoding.labels import RenderedText, Span, answer_tokens
-from vlm_dist.data.encoding.patches import with_fast_patches
+from vlm_dist.data.encoding.quick_processor import quicken
 from vlm_dist.data.media.images import Picture, as_pil
 from vlm_dist.data.media.video import Clip
 from vlm_dist.errors import ModelError, SkipSample
@@ -78,7 +78,7 @@ class Encoder:
     """
 
     def __init__(self, processor: Any, family: Family) -> None:
-        self._processor = with_fast_patches(processor)
+        self._processor = quicken(processor)
         self._family = family
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._has_offsets = bool(getattr(self.tokenizer, "is_fast", False)) and hasattr(

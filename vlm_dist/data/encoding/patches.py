@@ -28,8 +28,13 @@ def with_fast_patches(processor: Any) -> Any:
     images = getattr(processor, "image_processor", None)
     if images is None or isinstance(images, PatchImages) or not all(hasattr(images, part) for part in _PARTS):
         return processor
-    fast = PatchImages(images)
-    if not _is_proven(fast, images):
+    try:
+        fast = PatchImages(images)
+        proven = _is_proven(fast, images)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        log.debug("%s has no fast form: %s", type(images).__name__, error)  # another version, or a model of its own
+        return processor
+    if not proven:
         return processor
     replaced = copy.copy(processor)
     replaced.image_processor = fast

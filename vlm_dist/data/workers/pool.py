@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 #: So many workers that die one after the other before their first result: they cannot work on this machine.
 MAX_EARLY_DEATHS = 6
 
-_PRELOADED = ["vlm_dist.data.materialise", "transformers.processing_utils"]
+_PRELOADED = ["vlm_dist.data.materialise", "transformers.processing_utils", "pyarrow.ipc"]
 
 
 class PoolClosedError(Exception):

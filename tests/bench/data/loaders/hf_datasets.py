@@ -73,8 +73,17 @@ def batches(task: Task) -> Iterator[Any]:
     loader = DataLoader(
         dataset, BATCH_SIZE, collate_fn=_Training(collate), num_workers=task.num_workers, drop_last=True
     )
+    yield from loader
+    # near the end of an epoch nothing is left behind a restored state: what the shuffle buffer had read is lost
+    again = DataLoader(
+        _shuffled(task, decode=True),
+        BATCH_SIZE,
+        collate_fn=_Training(collate),
+        num_workers=task.num_workers,
+        drop_last=True,
+    )
     while True:
-        yield from loader
+        yield from again
 
 
 def save_state(task: Task) -> None:

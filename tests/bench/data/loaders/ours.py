@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.ipc  # noqa: F401 - of the indexes: else it is imported with the first sample
 import torch
 from transformers import Qwen2VLProcessor
 
@@ -16,7 +17,7 @@ from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.media.images import decode_image
 from vlm_dist.data.plan.plan import Plan, PlanSettings
-from vlm_dist.data.sources import open_source
+from vlm_dist.data.sources import open_source, tar  # noqa: F401 - imported when the first source is opened
 from vlm_dist.data.types import Source
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
