@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Callable
 from fractions import Fraction
@@ -66,6 +67,8 @@ def clip(
         "libsvtav1": {"preset": "12", "crf": "20", "svtav1-params": "lp=1"},
     }.get(codec, {"q:v": "2", "g": "30"})
     stream = io.BytesIO()
+    # SVT-AV1 gives the thread that calls it real-time priority where it may, which all later processes would inherit
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
     with av.open(stream, "w", format=form) as container:
         track = container.add_stream(codec, rate=fps, options={"threads": "1", **defaults, **options})
         track.width, track.height, track.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -77,6 +80,7 @@ def clip(
                 frame.pts, frame.time_base = times(number), Fraction(1, 1000)
             container.mux(track.encode(frame))
         container.mux(track.encode(None))
+    os.sched_setscheduler(0, policy, priority)
     return stream.getvalue()
 
 
