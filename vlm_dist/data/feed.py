@@ -183,10 +183,9 @@ class StepFeed:
     def _fetch_here(self) -> _Fetched | None:
         if self._next_step >= self._plan.num_steps:
             return None
-        plan = self._steps.take(self._next_step)
-        self._next_step += 1
+        plan, jobs = self._start_next()
         self._steps.look_ahead(plan.step)
-        return self._collect(plan, self._submit(plan))
+        return self._collect(plan, jobs)
 
     def _take(self) -> _Fetched | None:
         """Wait for the thread; taking a step makes room for another."""
@@ -207,10 +206,8 @@ class StepFeed:
                 while self._next_step < self._plan.num_steps and self._room.acquire(blocking=not under_way):
                     if self._closing.is_set():
                         return
-                    plan = self._steps.take(self._next_step)
-                    self._next_step += 1
-                    under_way.append((plan, self._submit(plan)))
-                    self._steps.look_ahead(plan.step)
+                    under_way.append(self._start_next())
+                    self._steps.look_ahead(under_way[-1][0].step)
                 if not under_way:
                     self._ready.put(None)
                     return
@@ -222,6 +219,16 @@ class StepFeed:
             self._ready.put(None)  # `close` is at work
         except Exception as error:  # noqa: BLE001 - raised in the caller's thread
             self._ready.put(error)
+
+    def _start_next(self) -> tuple[StepPlan, list[PoolJob] | Exception]:
+        """Plan the next step and hand it to the workers; what fails is voted on, as planning reads indexes too."""
+        index = self._next_step
+        self._next_step += 1
+        try:
+            plan = self._steps.take(index)
+        except Exception as error:  # noqa: BLE001 - voted on in `_collect`
+            return StepPlan(index, 0.0, ()), error
+        return plan, self._submit(plan)
 
     def _submit(self, plan: StepPlan) -> list[PoolJob] | Exception:
         try:

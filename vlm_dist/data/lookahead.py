@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.types import SampleRef, Source, StepPlan
+
+log = logging.getLogger(__name__)
 
 #: So many steps more than are taken: a run begins at once, and is ahead after a few steps.
 _PLANNED_AT_ONCE = 2
@@ -46,7 +49,11 @@ class Lookahead:
             following = self._ahead[-1].step + 1 if self._ahead else index + 1
             if following > index + self._num_steps or following >= self._plan.num_steps:
                 return
-            self._ahead.append(self._plan_and_tell(following))
+            try:
+                self._ahead.append(self._plan_and_tell(following))
+            except Exception as error:  # noqa: BLE001 - met again, and voted on, when the step's turn comes
+                log.debug("step %d cannot be planned ahead: %r", following, error)
+                return
 
     def _plan_and_tell(self, index: int) -> StepPlan:
         step = self._plan.step(index)

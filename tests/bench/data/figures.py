@@ -41,7 +41,7 @@ class Scale:
     memory_samples: int
 
 
-FULL_SCALE = Scale(rounds=5, raw_seconds=0.4, seconds=1.0, memory_samples=10_000)
+FULL_SCALE = Scale(rounds=5, raw_seconds=0.3, seconds=0.8, memory_samples=10_000)
 QUICK_SCALE = Scale(rounds=1, raw_seconds=0.1, seconds=0.3, memory_samples=512)
 
 
@@ -111,7 +111,7 @@ def questions(sets: Sequence[tuple[str, Path, int]], processor: str, scale: Scal
         found.append(Question(f"decode and resize/{label}", "decode", task, one_core=True))
         found.append(Question(f"training batches/{label}", "train", task, one_core=True))
     label, folder, num_samples = sets[0]
-    two = Task(str(folder), num_samples, processor, scale.seconds, num_workers=2)
+    two = Task(str(folder), num_samples, processor, 2 * scale.seconds, num_workers=2)
     found.append(Question(f"training batches, 2 workers/{label}", "train", two))
     found.append(Question("first batch", "first", Task(str(folder), num_samples, processor)))
     for name, start in _starts(num_samples):
@@ -142,7 +142,8 @@ def ask_all(loaders: Sequence[str], asked: Sequence[Question], scale: Scale, mem
                     _ask(process, question, answers)
             if number == 0:
                 for name, process in processes.items():
-                    _ask_memory(name, process, memory, answers)
+                    if name != TUNED:
+                        _ask_memory(name, process, memory, answers)
         finally:
             for process in processes.values():
                 process.close()
@@ -160,7 +161,8 @@ def _start(loaders: Sequence[str], answers: Answers, log: Path) -> dict[str, Loa
             answers.failures["imports", name] = str(error)
             continue
         answers.ready[name] = process.ready
-        answers.values["imports", name].append(process.ready["import_seconds"])
+        if name != TUNED:
+            answers.values["imports", name].append(process.ready["import_seconds"])
     return processes
 
 
@@ -170,7 +172,7 @@ def _prepare(processes: dict[str, LoaderProcess], asked: Sequence[Question], mem
         for task in folders.values():
             process.do("prepare", task, limit_seconds=300)
         for question in asked:
-            if question.task.start:
+            if question.task.start and name != TUNED:
                 try:
                     process.do("save_state", question.task, limit_seconds=300)
                 except MeasureError as error:
@@ -179,7 +181,8 @@ def _prepare(processes: dict[str, LoaderProcess], asked: Sequence[Question], mem
 
 def _ask(process: LoaderProcess, question: Question, answers: Answers) -> None:
     place = question.key, process.name
-    if place in answers.failures:
+    is_other = question.what in ("raw", "first") or question.task.num_workers > 0
+    if place in answers.failures or (process.name == TUNED and is_other):
         return
     try:
         found = process.do(question.what, question.task, one_core=question.one_core)

@@ -14,7 +14,7 @@ from typing import Any, Self
 from tests.bench.data.environments import ROOT, python_of
 from tests.bench.data.task import Task
 
-_START_SECONDS = 180
+_START_SECONDS = 400
 
 
 class MeasureError(Exception):

@@ -129,15 +129,19 @@ def _train(module: Any, task: Task) -> dict[str, Any]:
     batches = module.batches(task)
     for _ in range(_AHEAD_BATCHES if task.num_workers else _WARM_BATCHES):
         next(batches)
-    return _rate(batches, task.seconds, BATCH_SIZE)
+    # ours comes in whole steps
+    return _rate(batches, task.seconds, BATCH_SIZE, GLOBAL_BATCH_SIZE if task.num_workers else BATCH_SIZE)
 
 
-def _rate(items: Any, seconds: float, samples_each: int) -> dict[str, Any]:
+def _rate(items: Any, seconds: float, samples_each: int, unit: int = 1) -> dict[str, Any]:
+    """Take items until the time is over and their samples are a multiple of `unit`."""
     count = 0
+    elapsed = 0.0
     started, cpu = time.perf_counter(), time.process_time()
-    while (elapsed := time.perf_counter() - started) < seconds:
+    while elapsed < seconds or count % unit:
         next(items)
         count += samples_each
+        elapsed = time.perf_counter() - started
     return {"rate": count / elapsed, "cpu_seconds": (time.process_time() - cpu) / count}
 
 

@@ -86,6 +86,23 @@ def test_a_rank_that_cannot_fetch_votes_instead_of_raising(num_workers):
     assert steps[1].verdict.ranks_with("fetch_error") == []
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("lookahead_steps", [0, 4])
+def test_a_rank_that_cannot_plan_votes_instead_of_raising(num_workers, lookahead_steps, monkeypatch):
+    step = Plan.step
+
+    def failing(self, index):
+        if index == 3:
+            raise DataError("the index is gone")
+        return step(self, index)
+
+    monkeypatch.setattr(Plan, "step", failing)
+    with make_feed(Maker(), num_workers, lookahead_steps=lookahead_steps) as feed:
+        steps = list(feed)
+    assert [bool(fetched.verdict.ranks_with("fetch_error")) for fetched in steps] == [False, False, False, True]
+    assert "the index is gone" in str(steps[3].error)
+
+
 def test_a_stop_request_is_voted():
     stop = []
     with make_feed(Maker(), stop_requested=lambda: bool(stop)) as feed:

@@ -1,12 +1,15 @@
 """Existing tars are indexed once, and damaged or ambiguous ones are refused with a reason."""
 
 import io
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vlm_dist.data.index.facts import FACTS_DTYPE, media_kind, probe_image, probe_video
 from vlm_dist.data.index.mp4_header import read_mp4_header
@@ -209,3 +212,23 @@ def test_media_are_told_by_their_ending():
     assert media_kind("https://host/a.JPG?size=3") == "image"
     assert media_kind("clips/7.webm") == "video"
     assert media_kind("a sentence. With a dot") is None
+
+
+def test_a_header_that_nobody_expects_is_of_unknown_size():
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(stream, "PNG")
+    png = stream.getvalue()
+    chunk = b"eXIf" + b"MM\x00\x2a"  # ends in the middle of its header
+    odd = png[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+    assert probe_image(odd) in (None, (8, 6))
+    assert probe_video(b"\x00\x00\x00\x10ftypisom\x00\x00\x00\x00" + _box(b"moov", _empty_track())) is None
+
+
+def _box(kind, body):
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def _empty_track():
+    table = _box(b"stbl", _box(b"stsz", struct.pack(">III", 0, 1, 1)))
+    media = _box(b"mdhd", b"") + _box(b"hdlr", bytes(8) + b"vide") + _box(b"minf", table)
+    return _box(b"trak", _box(b"tkhd", b"") + _box(b"mdia", media))

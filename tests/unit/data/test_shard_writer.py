@@ -104,7 +104,7 @@ def test_an_interrupted_writer_leaves_no_half_shard(tmp_path):
 
 def test_existing_shards_are_not_replaced_by_accident(tmp_path):
     write_samples(tmp_path, 7, max_samples=2)
-    with pytest.raises(DataError, match=r"already.*overwrite=True"):
+    with pytest.raises(DataError, match=r"already.*--overwrite"):
         ShardWriter(tmp_path, "train")
     write_samples(tmp_path, 3, max_samples=2, overwrite=True)
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["train-000000.tar", "train-000001.tar"]

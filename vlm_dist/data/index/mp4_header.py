@@ -34,7 +34,7 @@ def read_mp4_header(stream: BinaryIO) -> VideoHeader | None:
                 header = _read_track(track)
                 if header is not None:
                     return header
-    except (struct.error, ValueError, KeyError):
+    except (struct.error, ValueError, KeyError, IndexError):
         return None
     return None
 

@@ -192,6 +192,10 @@ class TarReader:
             word in str(error) for word in ("truncated", "empty header", "end of data")
         ):
             return self._cut(position)
+        if header[156:157] in (b"x", b"g", b"L", b"K"):
+            size = int(header[124:136].strip(b"\0 ") or b"0", 8) if header[124:136].strip(b"\0 ").isdigit() else 0
+            if position + 2 * TAR_BLOCK_BYTES + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES > self.num_bytes:
+                return self._cut(position)
         if position > 0:
             return DataError(f"{self.path}: damaged header at byte {position} ({error}); {_DAMAGED}")
         return self._no_tar(header) or DataError(f"{self.path}: damaged header at byte 0 ({error}); {_DAMAGED}")

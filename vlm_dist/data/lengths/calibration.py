@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from vlm_dist.data.types import Source
-from vlm_dist.errors import SkipSample
+from vlm_dist.errors import SkipSample, VlmDistError
+
+log = logging.getLogger(__name__)
 
 #: Counts the tokens of a sample's text, template included; of an empty sample where it is given None.
 MeasureText = Callable[[Mapping[str, Any] | None], int]
@@ -55,6 +58,11 @@ def calibrate(source: Source, measure_text: MeasureText) -> TextCalibration:
             num_tokens = measure_text(source.read(row).fields)
         except SkipSample:
             continue  # the run will count it; here there are others
+        except (VlmDistError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - an odd sample is a null slot in training, and no reason to end here
+            log.debug("row %d of %s cannot be measured: %r", row, source.name, error)
+            continue
         slopes.append(max(0, num_tokens - template_tokens) / num_bytes)
     if not slopes:
         return TextCalibration(template_tokens, DEFAULT_TOKENS_PER_BYTE, 0)

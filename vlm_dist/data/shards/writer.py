@@ -33,6 +33,18 @@ class PreparedSample:
     checksum: int  # CRC-32 of all content
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory for shards, and those above it.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot make the directory: {error.strerror}; choose another one") from error
+
+
 class ShardWriter:
     """Writes `<prefix>-000000.tar`, `<prefix>-000001.tar`, … with `.index.arrow` sidecars and `manifest.json`.
 
@@ -76,13 +88,13 @@ class ShardWriter:
         self._entries: list[ShardEntry] = list(finished)
         self._open: _OpenShard | None = None
         self._finished = False
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         kept = {shard.name for shard in finished}
         present = [path for path in sorted(self.directory.glob(f"{prefix}-[0-9]*.tar")) if path.name not in kept]
         if present and not overwrite and not finished:
             raise DataError(
                 f"{self.directory}: there are shards of the prefix {prefix!r} already ({present[0].name}, "
-                f"{len(present)} in all); choose another prefix or pass overwrite=True"
+                f"{len(present)} in all); choose another prefix, or overwrite them (--overwrite)"
             )
         self._replaced = present
 

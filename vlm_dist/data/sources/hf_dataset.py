@@ -103,7 +103,10 @@ def plain_value(feature: Any, value: Any) -> Any:
     if value is None:
         return None
     if isinstance(feature, datasets.Image | datasets.Video):
-        return value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        data = value.get("bytes")
+        return data if data is not None else value.get("path")  # empty bytes are a damaged picture, not none
     if type(feature).__name__ == "Json":  # newer than the oldest datasets that we support
         return json.loads(value) if isinstance(value, str) else value
     if isinstance(feature, Mapping) and isinstance(value, Mapping):

@@ -31,7 +31,8 @@ def find_files(where: str, pattern: str, endings: tuple[str, ...]) -> list[Path]
         raise DataError(f"{where}: {pattern!r} is not a local path; only shards (type: tar) are read from elsewhere")
     found: list[Path] = []
     missing: list[str] = []
-    for text in expand_braces(pattern):
+    # a file or folder of just this name is meant before a pattern is
+    for text in [pattern] if Path(pattern).expanduser().exists() else expand_braces(pattern):
         path = Path(text).expanduser()
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if p.name.endswith(endings) and not p.name.startswith("."))

@@ -15,6 +15,7 @@ from typing import Any
 from vlm_dist.data.index.manifest import BUILD_NOTE_SUFFIX, ShardEntry
 from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index, replacing
 from vlm_dist.data.shards.build.settings import BuildSettings
+from vlm_dist.data.shards.writer import make_directory
 from vlm_dist.errors import DataError
 
 _VERSION = 1
@@ -126,7 +127,7 @@ def only_build(directory: Path) -> Iterator[None]:
     Raises:
         DataError: another build holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
