@@ -168,3 +168,12 @@ def test_paths_of_a_builder_lead_nowhere_but_into_the_data_set(tmp_path):
             ArrowSource("x", rows, folders=[folder])
     rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "secret.png")]}, features=features)
     assert ArrowSource("x", rows, media_root=tmp_path).read(0).fields["image"] == png(56)
+
+
+def test_other_values_of_the_same_length_are_other_data(tmp_path):
+    def hash_of(labels):
+        dataset = datasets.Dataset.from_dict({"question": ["q"] * 4, "label": labels})
+        dataset.save_to_disk(tmp_path / "".join(labels))
+        return open_source(hf(path=str(tmp_path / "".join(labels))), tmp_path / "index").manifest_hash
+
+    assert hash_of(["3", "3", "5", "5"]) != hash_of(["5", "7", "3", "3"])
