@@ -153,3 +153,14 @@ def test_many_rows_are_many_blocks(tmp_path):
     source = open_source(jsonl(tmp_path / "rows.jsonl", [{"text": f"{i}"} for i in range(600)]))
     assert source.shard_sizes == [256, 256, 88]
     assert source.read(599).fields == {"text": "599"}
+
+
+@pytest.mark.parametrize("odd", ["a\0b.jpg", "x" * 5000 + ".jpg", "\ud800.jpg"])
+def test_what_is_no_path_costs_its_sample_alone(tmp_path, odd):
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.jpg")
+    records = [{"image": "0.jpg", "question": "q", "answer": "a"}, {"image": odd, "question": "q", "answer": "a"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = open_source(SimpleNamespace(type="jsonl", path=str(tmp_path / "data.jsonl")), tmp_path / "index")
+    assert source.read(0).fields["image"]
+    with pytest.raises(SkipSample, match="no path"):
+        source.read(1)

@@ -207,7 +207,7 @@ def _list_elements(where: str, data: bytes) -> Iterator[tuple[int, bytes]]:
             element = text[position:stop].encode()
             yield offset, element
             position, offset = stop, offset + len(element)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a valid JSON list: {error}") from error
 
 

@@ -13,6 +13,9 @@ from vlm_dist.data.storage.open_files import with_retries
 from vlm_dist.data.storage.remote.urls import shown
 from vlm_dist.errors import DataError, SkipSample
 
+_MAX_PATH_BYTES = 4096
+_MAX_NAME_BYTES = 255
+
 log = logging.getLogger(__name__)
 
 
@@ -43,8 +46,11 @@ class MediaRoot:
         """Return the file that a media path means.
 
         Raises:
+            SkipSample: no file system takes it for a path.
             DataError: for a URL and for a path outside the root, symbolic links followed.
         """
+        if not _can_be_path(value):
+            raise SkipSample("bad_sample", f"{value[:60]!r} is no path of a media file")
         if "://" in value:
             raise DataError(
                 f"{self._where}: {shown(value)!r} is a URL; training fetches no media. "
@@ -173,8 +179,12 @@ class MediaColumns:
         if isinstance(item, bytes):
             source, kind = item, kind or sniff_kind(item)
         elif isinstance(item, str):
-            source, kind = self._path(column, item), kind or media_kind(item)
             self.num_files += 1
+            try:
+                source, kind = self._path(column, item), kind or media_kind(item)
+            except SkipSample:  # the sample is skipped when it is read
+                self.missing.append(item[:60])
+                return
             if not source.is_file():
                 self.missing.append(item)
         else:
@@ -190,6 +200,18 @@ class MediaColumns:
 
     def _path(self, column: str, value: str) -> Path:
         return self.root.resolve_own(value) if column in self.typed else self.root.resolve(value)
+
+
+def _can_be_path(value: str) -> bool:
+    try:
+        encoded = value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return (
+        b"\0" not in encoded
+        and len(encoded) < _MAX_PATH_BYTES
+        and max(map(len, encoded.split(b"/"))) <= _MAX_NAME_BYTES
+    )
 
 
 def sniff_kind(data: bytes) -> str:
