@@ -155,12 +155,16 @@ def test_many_rows_are_many_blocks(tmp_path):
     assert source.read(599).fields == {"text": "599"}
 
 
-@pytest.mark.parametrize("odd", ["a\0b.jpg", "x" * 5000 + ".jpg", "\ud800.jpg"])
-def test_what_is_no_path_costs_its_sample_alone(tmp_path, odd):
+@pytest.mark.parametrize(
+    "odd", ["a\0b.jpg", "x" * 5000 + ".jpg", "\ud800.jpg"], ids=["nul", "too-long", "half-a-character"]
+)
+def test_what_is_no_path_costs_its_sample_alone(tmp_path, caplog, odd):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.jpg")
     records = [{"image": "0.jpg", "question": "q", "answer": "a"}, {"image": odd, "question": "q", "answer": "a"}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
     source = open_source(SimpleNamespace(type="jsonl", path=str(tmp_path / "data.jsonl")), tmp_path / "index")
     assert source.read(0).fields["image"]
+    assert "1 of 2 media files are missing" in caplog.text
+    caplog.text.encode()  # whatever the path is, its warning can be written to a log file
     with pytest.raises(SkipSample, match="no path"):
         source.read(1)

@@ -183,10 +183,10 @@ class MediaColumns:
             try:
                 source, kind = self._path(column, item), kind or media_kind(item)
             except SkipSample:  # the sample is skipped when it is read
-                self.missing.append(item[:60])
+                self.missing.append(_printable(item[:60]))
                 return
             if not source.is_file():
-                self.missing.append(item)
+                self.missing.append(_printable(item))
         else:
             return
         (facts.add_video if kind == "video" else facts.add_image)(source)
@@ -200,6 +200,11 @@ class MediaColumns:
 
     def _path(self, column: str, value: str) -> Path:
         return self.root.resolve_own(value) if column in self.typed else self.root.resolve(value)
+
+
+def _printable(path: str) -> str:
+    """A path as any terminal or log file can show it: half of a surrogate pair has no bytes in UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _can_be_path(value: str) -> bool:
