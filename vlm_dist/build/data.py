@@ -16,8 +16,8 @@ from vlm_dist.data.purposes import ByPurpose
 from vlm_dist.data.sources import open_source
 from vlm_dist.data.storage.shard_storage import CacheSettings, is_remote
 from vlm_dist.data.types import Layout, PackBudget, Source
-from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
+from vlm_dist.distributed.patience import Work, long_work
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family, family_for
 from vlm_dist.model import load_processor, load_rope_index
@@ -32,18 +32,24 @@ LOCAL_LOOKAHEAD_STEPS = 2
 def open_sources(config: RunConfig, which: str, ranks: Ranks) -> list[Source]:
     """Open `data.train` or `data.eval`. Collective: every rank calls this.
 
-    The first process of a node goes first: what has no index is indexed once, and the others find it.
+    The first process of a node goes first: what has no index is indexed once, and the others find it. They wait for it
+    however long it takes.
     """
     opened: list[Source] = []
     for turn in (True, False):
-        with agree_on_failure(ranks):
+        with long_work(ranks, f"opening data.{which}") as work:
             if (ranks.topology.local_rank == 0) is turn:
-                opened = open_sources_alone(config, which)
+                opened = open_sources_alone(config, which, work)
     return opened
 
 
-def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
+def open_sources_alone(config: RunConfig, which: str, work: Work | None = None) -> list[Source]:
     """Open `data.train` or `data.eval` in this process.
+
+    Args:
+        config: of the run.
+        which: "train" or "eval".
+        work: is told which source is being opened.
 
     Raises:
         ConfigError: there are none to train on.
@@ -56,7 +62,12 @@ def open_sources_alone(config: RunConfig, which: str) -> list[Source]:
     media = {columns[key] for key in ("image_column", "video_column") if key in columns}
     used = set(config.collator.required_columns.values()) if config.train.remove_unused_columns else None
     cache = cache_settings(config)
-    return [open_source(one, config.data.index_dir, media, used, cache) for one in settings]
+    opened: list[Source] = []
+    for i, one in enumerate(settings):
+        if work is not None:
+            work.doing = f"opening data.{which}[{i}]" + (f" ({one.name})" if one.name else "")
+        opened.append(open_source(one, config.data.index_dir, media, used, cache))
+    return opened
 
 
 def cache_settings(config: RunConfig) -> CacheSettings:
@@ -78,11 +89,16 @@ def make_processor(config: RunConfig) -> tuple[Any, Family]:
     processor = load_processor(
         config.model_id, config.model_entry, config.model.processor_for(config.model_id), loading
     )
-    return processor, find_family(config)
+    return processor, find_family(config, type(processor).__name__)
 
 
-def find_family(config: RunConfig) -> Family:
-    """The model's row in the table of families; reads the model's config.json alone."""
+def find_family(config: RunConfig, processor: str | None = None) -> Family:
+    """The model's row in the table of families; reads the model's config.json alone.
+
+    Args:
+        config: of the run.
+        processor: name of the processor's class; None: the one that `model_classes` names.
+    """
     from transformers import PretrainedConfig
 
     revision = config.model.loading_for(config.model_id).revision or "main"
@@ -90,7 +106,7 @@ def find_family(config: RunConfig) -> Family:
         facts, _ = PretrainedConfig.get_config_dict(config.model_id, revision=revision)
     except OSError as error:
         raise ModelError(f"{config.model_id}: its config.json cannot be read: {error}") from error
-    return family_for(facts.get("model_type", ""))
+    return family_for(facts.get("model_type", ""), processor or config.model_entry.processor_class)
 
 
 def make_materialisers(

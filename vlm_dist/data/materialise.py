@@ -16,7 +16,7 @@ import torch
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
 from vlm_dist.data.encoding.collate import Example, Padding, attach_dummies, collate
-from vlm_dist.data.encoding.conversation import Conversation, Media
+from vlm_dist.data.encoding.conversation import Conversation
 from vlm_dist.data.encoding.dummies import DummyRows
 from vlm_dist.data.encoding.encode import Encoder
 from vlm_dist.data.encoding.fit import Fitter, MediaSizes, VisualCounter
@@ -25,6 +25,7 @@ from vlm_dist.data.encoding.labels import RenderedText, Renderer, make_labels
 from vlm_dist.data.encoding.packing import PackRoom, RopePositions, pack
 from vlm_dist.data.encoding.preconditions import (
     check_columns,
+    check_family,
     check_labels,
     choose_kinds,
     choose_pad_token,
@@ -62,6 +63,7 @@ class _Sample:
     example: Example
     origin: SampleOrigin
     num_patches: int = 0
+    num_frames: int | None = None  # of its clips
     reference: str = ""
     was_reduced: bool = False
     was_cut: bool = False
@@ -107,6 +109,7 @@ class Materialiser:
         self._seed = seed
         self._for_generation = for_generation
         self._rope_positions = rope_positions
+        check_family(family)
         kinds = choose_kinds(collator_config, family)
         self._builder = MessageBuilder(collator_config.dataset_columns.mapping, collator_config.message_format, kinds)
         check_columns(self._builder, self._sources)
@@ -127,9 +130,11 @@ class Materialiser:
             carries_loss=not (collator_config.label_masking.mask_pad_token or for_generation),
         )
         markers = find_markers(kinds, processor, family)
+        if "image" in markers:
+            self._encoder.choose_picture_form(markers["image"])
         wanted = [kind for kind in sorted(kinds) if kind in towers]
         self._dummies = DummyRows(self._encoder, family, markers, wanted)
-        self.visual_counter = VisualCounter(self._encoder, processor, markers)
+        self.visual_counter = VisualCounter(self._encoder, processor, markers, family)
         fitter = Fitter(self.visual_counter, family)
         self._fitting_encoder = FittingEncoder(self._encoder, fitter, collator_config, for_generation)
 
@@ -152,6 +157,9 @@ class Materialiser:
                 samples.append(outcome)
             else:
                 null_slots.append(outcome)
+        if self._family.equal_frames:
+            samples, unequal = _with_equal_frames(samples)
+            null_slots += unequal
         examples = [sample.example for sample in samples]
         examples += self._dummies.missing(examples)
         if job.pack is None:
@@ -275,9 +283,10 @@ class Materialiser:
         kinds = frozenset(kind for kind, items in (("image", images), ("video", clips)) if items)
         example = Example(encoded.tokens, encoded.visual, labels, kinds)
         num_patches = int(encoded.is_visual.sum()) * self._family.patches_per_token
-        return _Sample(example, raw.origin, num_patches, reference, fitted.was_reduced, fitted.was_cut)
+        num_frames = max((len(clip.indices) for clip in fitted.clips), default=None)
+        return _Sample(example, raw.origin, num_patches, num_frames, reference, fitted.was_reduced, fitted.was_cut)
 
-    def _decode_image(self, media: Media) -> Picture:
+    def _decode_image(self, media: bytes) -> Picture:
         settings = self._config.image_processing
         return decode_image(
             media,
@@ -286,7 +295,7 @@ class Materialiser:
             max_size=settings.max_size,
         )
 
-    def _decode_video(self, media: Media) -> Clip:
+    def _decode_video(self, media: bytes) -> Clip:
         settings = self._config.video_processing
         clip = decode_video(
             media,
@@ -310,6 +319,25 @@ def _take_room(room: PackRoom, sample: _Sample) -> _Sample | NullSlot:
     except SkipSample as skip:
         return NullSlot(sample.origin, skip.null_class, skip.message)
     return sample
+
+
+def _with_equal_frames(samples: Sequence[_Sample]) -> tuple[list[_Sample], list[NullSlot]]:
+    """Leave out the samples whose clips are not as long as those of the first sample that has one.
+
+    The plan puts clips of equal numbers of frames together, by what the files' headers say; a damaged file has fewer.
+    """
+    planned = next((sample.num_frames for sample in samples if sample.num_frames), None)
+    kept, left_out = [], []
+    for sample in samples:
+        if sample.num_frames in (None, planned):
+            kept.append(sample)
+            continue
+        message = (
+            f"its clip gives {sample.num_frames} frames, the others of its micro-batch {planned}; models of this "
+            "family take clips of one length at a time"
+        )
+        left_out.append(NullSlot(sample.origin, "bad_sample", message))
+    return kept, left_out
 
 
 def _in_a_line(error: Exception) -> str:

@@ -18,7 +18,9 @@ class Family:
     Attributes:
         name: of the row.
         model_types: values of `model_type` in config.json that it covers.
-        image_tokens: the placeholder tokens that stand for image features once the processor has expanded them.
+        processors: names of processor classes; where there are any, only models with one of these are covered, and the
+            row goes before rows without: the same model class may stand behind different processors.
+        image_tokens: the tokens that stand for an image, in the text and once the processor has expanded it.
         video_tokens: the same for videos.
         image_marker: what the model's text has in the place of one image, before the expansion; None: the processor's
             `image_token`.
@@ -40,12 +42,15 @@ class Family:
         packing: how samples that share one row are told apart: "positions" restart at each sample; "mrope" besides
             asks the model itself to number the tokens of its images and videos; None: they cannot be.
         packing_refusal: why not, where `packing` is None; the end of a sentence about the family's models.
+        flash_refusal: why flash attention computes something else; the end of a sentence.
         patches_per_token: patches of the vision tower behind one visual token.
         equal_frames: the clips of one micro-batch must have the same number of frames.
+        refusal: why models of this family cannot be trained at all; the end of a sentence about them.
     """
 
     name: str
     model_types: tuple[str, ...] = ()
+    processors: tuple[str, ...] = ()
     image_tokens: tuple[str, ...] = ()
     video_tokens: tuple[str, ...] = ()
     image_marker: str | None = None
@@ -65,5 +70,7 @@ class Family:
     fallback_template: str | None = None
     packing: Literal["positions", "mrope"] | None = None
     packing_refusal: str = "nobody has proven yet that they keep packed samples apart"
+    flash_refusal: str | None = None
     patches_per_token: int = 1
     equal_frames: bool = False
+    refusal: str | None = None

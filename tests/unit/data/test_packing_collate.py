@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.unit.data.samples import MemorySource, collator, jpeg, mp4
-from tests.unit.families import tiny_models
+from tests.unit.families.zoo import CHECKPOINTS
 from vlm_dist.data.encoding.packing import check_packing
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, PackBudget, SampleRef
@@ -40,7 +40,7 @@ class Packed:
     """A tiny model, and a materialiser for it."""
 
     def __init__(self, name: str) -> None:
-        self.model, self.processor = getattr(tiny_models, name)()
+        self.model, self.processor = CHECKPOINTS[name].build()
         self.family: Family = family_for(name)
         self.rows = MODELS[name]
         videos = self.family.takes_video

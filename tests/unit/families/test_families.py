@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.data.samples import MemorySource, collator, jpeg
-from tests.unit.families import processors
+from tests.unit.families.zoo import CHECKPOINTS
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
 from vlm_dist.errors import ConfigError
@@ -20,7 +20,7 @@ ROWS = [
 def materialiser(name, **options):
     family = family_for(name)
     config = collator(label_masking={"mask_input_tokens": True}, **options.pop("config", {}))
-    made = getattr(processors, name)()
+    made = CHECKPOINTS[name].build()[1]
     return made, Materialiser([MemorySource(ROWS)], made, family, config, frozenset({"image"}), 0, **options)
 
 
@@ -35,8 +35,10 @@ def answers(processor, batch):
 def test_rows_are_found_by_model_type():
     assert family_for("qwen2_vl").name == family_for("qwen2_5_vl").name == "qwen2_vl"
     assert family_for("something_new") is GENERIC
-    types = [model_type for family in FAMILIES for model_type in family.model_types]
-    assert len(types) == len(set(types))
+    assert family_for("llava").name == family_for("llava", "LlavaProcessor").name == "llava"
+    assert family_for("llava", "PixtralProcessor").name == "pixtral"
+    covered = [(model_type, family.processors) for family in FAMILIES for model_type in family.model_types]
+    assert len(covered) == len(set(covered))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from vlm_dist.errors import SkipSample
 
-Media = bytes | Path
 #: One turn as chat templates take it: `{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"} | …]}`.
 ChatMessage = dict[str, Any]
 
@@ -35,8 +33,8 @@ class Conversation:
     """
 
     messages: list[ChatMessage] = field(default_factory=list)
-    images: list[Media] = field(default_factory=list)
-    videos: list[Media] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
+    videos: list[bytes] = field(default_factory=list)
 
     @property
     def texts(self) -> list[str]:
@@ -61,13 +59,13 @@ class Conversation:
         return before, "".join(part["text"] for part in answer["content"] if part["type"] == "text")
 
 
-def show_media(conversation: Conversation, content: list[dict[str, Any]], kind: str, items: Sequence[Media]) -> None:
+def show_media(conversation: Conversation, content: list[dict[str, Any]], kind: str, items: Sequence[bytes]) -> None:
     """Add media and their placeholders to a turn's content."""
     content.extend({"type": kind} for _ in items)
     (conversation.images if kind == "image" else conversation.videos).extend(items)
 
 
-def read_conversation(value: Any, column: str, media: Mapping[str, list[Media]]) -> Conversation:
+def read_conversation(value: Any, column: str, media: Mapping[str, list[bytes]]) -> Conversation:
     """Read a conversation that the data holds itself.
 
     A turn is `{"role": …, "content": …}` or `{"from": …, "value": …}`. Its content is a text, in which `<image>` and
@@ -173,7 +171,7 @@ def _split_markers(text: str) -> list[tuple[str, str]]:
     return [("text", piece) if i % 2 == 0 else (piece, "") for i, piece in enumerate(pieces)]
 
 
-def _place_unmarked(conversation: Conversation, queues: Mapping[str, list[Media]]) -> None:
+def _place_unmarked(conversation: Conversation, queues: Mapping[str, list[bytes]]) -> None:
     """Media without any marker go before the first words of the user; some marked and some not is an error."""
     for kind, items in queues.items():
         shown = conversation.images if kind == "image" else conversation.videos

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlm_dist.data.encoding.align import align_answers
 from vlm_dist.data.encoding.labels import RenderedText, Span, answer_tokens
 from vlm_dist.data.encoding.quick_processor import quicken
 from vlm_dist.data.media.images import Picture, as_pil
@@ -28,7 +29,8 @@ class Encoded:
         tokens: keys with one entry per token, [T] each; `input_ids` is one of them.
         visual: the other keys.
         answers: bool [T], tokens of the answers with their terminators.
-        is_visual: bool [T], tokens that stand for image or video features.
+        is_visual: bool [T], tokens that the processor puts in the place of media: those of their features, and what
+            it writes around them (row numbers, times of frames).
     """
 
     tokens: dict[str, Tensor]
@@ -81,9 +83,9 @@ class Encoder:
         self._processor = quicken(processor)
         self._family = family
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self._has_offsets = bool(getattr(self.tokenizer, "is_fast", False)) and hasattr(
-            processor, "get_text_with_replacements"
-        )
+        self._has_offsets = bool(getattr(self.tokenizer, "is_fast", False))
+        #: Whether the processor may say what it puts in the place of placeholders; some that could do not.
+        self._tells_expansions = self._has_offsets and hasattr(processor, "get_text_with_replacements")
         # the other processors, those in a model's own repository among them, may know Pillow's pictures alone
         self._takes_tensors = getattr(getattr(processor, "image_processor", None), "backend", None) == "torchvision"
         self._visual_ids = torch.tensor(sorted(_visual_ids(processor, self.tokenizer, family)), dtype=torch.int64)
@@ -132,22 +134,44 @@ class Encoder:
         is_visual = torch.isin(input_ids, self._visual_ids) | (input_ids < 0)
         if self._family.answer_argument is not None:
             answers = tokens["token_type_ids"] == 1
+        elif offsets is not None and (replacements is not None or not (images or clips)):
+            characters = _as_tensor(offsets)[0].tolist()
+            shown = self._check_replacements(rendered, replacements)
+            answers = answer_tokens(characters, [_shifted(span, shown) for span in rendered.answers])
+            is_visual |= answer_tokens(characters, _expansions(shown))
+        elif rendered.answers and self._has_offsets:
+            plain = self._tokenize(rendered.text)
+            marked = answer_tokens(plain["offset_mapping"], rendered.answers)
+            answers = align_answers(plain["input_ids"], marked, input_ids, is_visual)
         else:
-            answers = self._find_answers(rendered, offsets, replacements, length)
+            answers = torch.zeros(length, dtype=torch.bool)
         return Encoded(tokens, visual, answers, is_visual)
+
+    def choose_picture_form(self, marker: str) -> None:
+        """Find out whether the processor takes pictures as tensors, which saves a copy; some know Pillow's alone.
+
+        Args:
+            marker: what a text has in the place of one image.
+
+        Raises:
+            SkipSample: it refuses both.
+        """
+        if not self._takes_tensors:
+            return
+        side = self.dummy_side("image")
+        try:
+            self.encode(RenderedText(marker), [torch.zeros((3, side, side), dtype=torch.uint8)])
+        except SkipSample:
+            self._takes_tensors = False
 
     @property
     def finds_answers(self) -> bool:
-        """Whether `Encoded.answers` can be relied on: the processor tells which characters a token comes from."""
+        """Whether `Encoded.answers` can be relied on: it is known which characters a token comes from."""
         return self._has_offsets or self._family.answer_argument is not None
 
     def measure_text(self, rendered: RenderedText, answer: str | None = None) -> TextLength:
         """Count the tokens of a text, without its media."""
-        tokenized = self.tokenizer(
-            rendered.text,
-            add_special_tokens=self._adds_special_tokens(rendered.text),
-            return_offsets_mapping=self._has_offsets,
-        )
+        tokenized = self._tokenize(rendered.text)
         is_visual = torch.isin(torch.tensor(tokenized["input_ids"], dtype=torch.int64), self._visual_ids)
         num_text = int((~is_visual).sum())
         places = is_visual.nonzero()
@@ -170,6 +194,13 @@ class Encoder:
         part = getattr(self._processor, f"{kind}_processor", None) or self._processor.image_processor
         return int(part.patch_size) * int(getattr(part, "merge_size", 1))
 
+    def _tokenize(self, text: str) -> Mapping[str, Any]:
+        """The tokens of a text as it is, with their characters where the tokenizer tells them."""
+        tokenized: Mapping[str, Any] = self.tokenizer(
+            text, add_special_tokens=self._adds_special_tokens(text), return_offsets_mapping=self._has_offsets
+        )
+        return tokenized
+
     def _adds_special_tokens(self, text: str) -> bool:
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
@@ -183,7 +214,7 @@ class Encoder:
         do_resize: bool | None,
     ) -> dict[str, Any]:
         text_arguments: dict[str, Any] = {"add_special_tokens": self._adds_special_tokens(text)}
-        wants_offsets = self._has_offsets and self._family.answer_argument is None
+        wants_offsets = self._tells_expansions and self._family.answer_argument is None
         if wants_offsets:
             text_arguments["return_offsets_mapping"] = True
         if self._family.processor_needs_image and not images:
@@ -222,17 +253,14 @@ class Encoder:
             )
         )
 
-    def _find_answers(self, rendered: RenderedText, offsets: Any, replacements: Any, length: int) -> Tensor:
-        """Find the answers' tokens in the text with expanded placeholders."""
-        if not rendered.answers or offsets is None:
-            return torch.zeros(length, dtype=torch.bool)
+    def _check_replacements(self, rendered: RenderedText, replacements: Any) -> list[dict[str, Any]]:
+        """What the processor put in the place of which placeholder, in the order of the text."""
         shown = replacements[0] if replacements else []
         for one in shown:
             start, end = one["span"]
             if rendered.text[start:end] != one["text"]:
                 raise ModelError(f"{type(self._processor).__name__} edits the text before it expands {one['text']!r}")
-        spans = [_shifted(span, shown) for span in rendered.answers]
-        return answer_tokens(_as_tensor(offsets)[0].tolist(), spans)
+        return sorted(shown, key=lambda one: int(one["span"][0]))
 
 
 def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
@@ -242,6 +270,16 @@ def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
         before = [one for one in replacements if one["span"][1] <= position]
         moved.append(position + sum(len(one["replacement"]) - len(one["text"]) for one in before))
     return moved[0], moved[1]
+
+
+def _expansions(replacements: Sequence[dict[str, Any]]) -> list[Span]:
+    """Spans of what placeholders became, in the text with all of them expanded."""
+    spans, longer = [], 0
+    for one in replacements:
+        start = one["span"][0] + longer
+        spans.append((start, start + len(one["replacement"])))
+        longer += len(one["replacement"]) - len(one["text"])
+    return spans
 
 
 def _visual_ids(processor: Any, tokenizer: Any, family: Family) -> set[int]:

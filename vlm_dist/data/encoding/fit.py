@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -20,6 +20,14 @@ _STEPS_PER_HALVING = 16
 #: No side is made longer than this by the smallest scale; processors enlarge what is below their own minimum.
 _SMALLEST_LONG_SIDE = 28
 _MAX_COUNTED = 65_536
+
+#: Blank media (frames, width, height) that a rule must be right about: of both orientations, small and large.
+_PROBES = {
+    "image": ((1, 200, 120), (1, 97, 331), (1, 64, 64), (1, 1100, 900)),
+    "video": ((4, 200, 120), (6, 97, 331), (2, 64, 64)),
+}
+#: Times of frames are written out by some processors: a clip so much slower has longer ones.
+_MUCH_SLOWER = 1000
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -74,8 +82,21 @@ class Reduction:
         return [scale_image(image, self.scale) for image in images], [scale_clip(clip, self.scale) for clip in kept]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How the number of tokens of an image or clip is told from its size.
+
+    Attributes:
+        constant: it is always the same.
+        beside: comes to what the processor estimates, as it writes more than it counts.
+    """
+
+    constant: int | None = None
+    beside: int = 0
+
+
 class VisualCounter:
-    """Number of tokens that images and clips of given sizes become.
+    """Number of tokens that the processor puts in the place of images and clips of given sizes.
 
     Processors can tell it from the sizes, mostly; where one cannot, or is wrong about a blank picture, blank pictures
     are measured.
@@ -84,9 +105,10 @@ class VisualCounter:
         encoder: calls the processor.
         processor: may estimate.
         markers: kind -> what a text has in the place of one image or video.
+        family: says whether sizes matter.
     """
 
-    def __init__(self, encoder: Encoder, processor: Any, markers: Mapping[str, str]) -> None:
+    def __init__(self, encoder: Encoder, processor: Any, markers: Mapping[str, str], family: Family) -> None:
         self._encoder = encoder
         self._processor = processor
         self._markers = markers
@@ -94,27 +116,42 @@ class VisualCounter:
         self._measured: dict[tuple[int, int, int], int] = {}
         # asked for twice a sample, 0.4 ms each: processors check their arguments anew
         self._counted: dict[tuple[str, int, Size], int] = {}
-        self._additive: set[str] = set(markers)
-        probes = {"image": (1, 200, 120), "video": (4, 200, 120)}
-        #: Kinds whose number of tokens the processor tells without a picture.
-        self.estimated = frozenset(
-            kind for kind in markers if self._estimate(kind, *probes[kind]) == self._measure(kind, *probes[kind])
+        self._measured_together: dict[tuple[Size, ...], int] = {}
+        self._additive = {kind for kind in markers if self._adds_up(kind)}
+        self._rules: dict[str, _Rule] = {}
+        for kind in markers:
+            rule = self._find_rule(kind, constant=not family.follows_resolution)
+            if rule is not None:
+                self._rules[kind] = rule
+        #: Kinds whose number of tokens is told without a picture.
+        self.estimated = frozenset(self._rules)
+        pair = tuple((width, height) for _, width, height in _PROBES["image"][:2])
+        #: Whether an image has the same tokens beside others; some processors give each of several fewer.
+        self._images_add_up = "image" not in markers or self._measure_together(pair) == sum(
+            self.count("image", 1, size) for size in pair
         )
 
     @property
     def additive(self) -> frozenset[str]:
-        """Kinds of which a sample has as many tokens more as they have visual tokens: nothing comes besides."""
+        """Kinds of which a sample has as many tokens more as `count` says, whatever else it has."""
         return frozenset(self._additive)
 
     def count(self, kind: str, frames: int, size: Size) -> int:
         """Count the tokens of one image (`frames` 1) or clip."""
         key = kind, frames, size
         if key not in self._counted:
-            estimate = self._estimate(kind, frames, *size) if kind in self.estimated else None
+            estimates = self._estimate_many(kind, [(frames, *size)]) if kind in self.estimated else None
+            estimate = None if estimates is None else estimates[0]
             if len(self._counted) >= _MAX_COUNTED:
                 self._counted.clear()
             self._counted[key] = self._measure(kind, frames, *size) if estimate is None else estimate
         return self._counted[key]
+
+    def count_images(self, sizes: Sequence[Size]) -> int:
+        """Count the tokens of all images of one sample."""
+        if self._images_add_up or len(sizes) < 2:
+            return sum(self.count("image", 1, size) for size in sizes)
+        return self._measure_together(tuple(sizes))
 
     def count_many(self, kind: str, shapes: Sequence[tuple[int, Size]]) -> list[int]:
         """Count the tokens of each of many images or clips, given as (frames, size); 50 times faster than one by one.
@@ -133,11 +170,40 @@ class VisualCounter:
                 counts.append(0)
         return counts
 
-    def _estimate(self, kind: str, frames: int, width: int, height: int) -> int | None:
-        estimates = self._estimate_many(kind, [(frames, width, height)])
-        return None if estimates is None else estimates[0]
+    def _find_rule(self, kind: str, constant: bool) -> _Rule | None:
+        """Find what tells the number of tokens of blank pictures of some sizes; None: they must be measured."""
+        measured = [self._measure(kind, *shape) for shape in _PROBES[kind]]
+        if constant and len(set(measured)) == 1:
+            return _Rule(constant=measured[0])
+        estimates = self._ask_processor(kind, _PROBES[kind])
+        if estimates is None:
+            return None
+        beside = {one - estimate for one, estimate in zip(measured, estimates, strict=True)}
+        return _Rule(beside=beside.pop()) if len(beside) == 1 else None
+
+    def _adds_up(self, kind: str) -> bool:
+        """Whether the tokens of an image or clip come to the text's as they are, at whatever times its frames lie."""
+        rendered = RenderedText(self._markers[kind])
+        num_text = self._encoder.measure_text(rendered).num_tokens
+        frames, width, height = _PROBES[kind][0]
+        if kind == "image":
+            encoded = [self._encoder.encode(rendered, images=[Image.new("RGB", (width, height))])]
+        else:
+            clip = blank_clip(frames, width, height)
+            slow = replace(clip, fps=clip.fps / _MUCH_SLOWER)
+            encoded = [self._encoder.encode(rendered, clips=[one]) for one in (clip, slow)]
+        return len({one.num_tokens for one in encoded}) == 1 and all(
+            one.num_tokens == num_text + int(one.is_visual.sum()) for one in encoded
+        )
 
     def _estimate_many(self, kind: str, shapes: Sequence[tuple[int, int, int]]) -> list[int] | None:
+        rule = self._rules[kind]
+        if rule.constant is not None:
+            return [rule.constant] * len(shapes)
+        estimates = self._ask_processor(kind, shapes)
+        return None if estimates is None else [estimate + rule.beside for estimate in estimates]
+
+    def _ask_processor(self, kind: str, shapes: Sequence[tuple[int, int, int]]) -> list[int] | None:
         estimator = getattr(self._processor, "_get_num_multimodal_tokens", None)
         if estimator is None:
             return None
@@ -150,6 +216,15 @@ class VisualCounter:
             return None
         return estimates if len(estimates) == len(shapes) else None
 
+    def _measure_together(self, sizes: tuple[Size, ...]) -> int:
+        if sizes not in self._measured_together:
+            if len(self._measured_together) >= _MAX_COUNTED:
+                self._measured_together.clear()
+            blanks = [Image.new("RGB", size) for size in sizes]
+            encoded = self._encoder.encode(RenderedText(self._markers["image"] * len(sizes)), images=blanks)
+            self._measured_together[sizes] = int(encoded.is_visual.sum())
+        return self._measured_together[sizes]
+
     def _measure(self, kind: str, frames: int, width: int, height: int) -> int:
         key = (frames if kind == "video" else 0, width, height)
         if key not in self._measured:
@@ -159,8 +234,6 @@ class VisualCounter:
             else:
                 encoded = self._encoder.encode(rendered, clips=[blank_clip(frames, width, height)])
             self._measured[key] = int(encoded.is_visual.sum())
-            if encoded.num_tokens != self._encoder.measure_text(rendered).num_tokens + self._measured[key]:
-                self._additive.discard(kind)
         return self._measured[key]
 
 
@@ -178,7 +251,7 @@ class Fitter:
 
     def count(self, sizes: MediaSizes) -> int:
         """Predict the visual tokens of a sample."""
-        count = sum(self.counter.count("image", 1, size) for size in sizes.images)
+        count = self.counter.count_images(sizes.images)
         return count + sum(self.counter.count("video", frames, size) for frames, size in sizes.clips)
 
     def smallest(self, sizes: MediaSizes) -> int:

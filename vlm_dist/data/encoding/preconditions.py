@@ -16,6 +16,16 @@ from vlm_dist.families import Family
 log = logging.getLogger(__name__)
 
 
+def check_family(family: Family) -> None:
+    """Refuse a family that cannot be trained.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    if family.refusal is not None:
+        raise ConfigError(f"models of the family {family.name} cannot be trained: {family.refusal}")
+
+
 def choose_kinds(config: VlmCollatorConfig, family: Family) -> frozenset[str]:
     """Choose what is read: "image", "video", both, or nothing.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vlm_dist.config.message_variables import fill_variables, variables_in
 from vlm_dist.config.vlm_collator import Message, MessageFormat
-from vlm_dist.data.encoding.conversation import Conversation, Media, read_conversation, show_media
+from vlm_dist.data.encoding.conversation import Conversation, read_conversation, show_media
 from vlm_dist.errors import ConfigError, SkipSample
 
 #: Key of dataset_columns whose column holds whole conversations, in the place of `training_messages`.
@@ -103,25 +102,23 @@ class MessageBuilder:
             conversation.messages.append({"role": message.role, "content": content})
         return conversation
 
-    def _read_media(self, fields: Mapping[str, Any]) -> dict[str, list[Media]]:
+    def _read_media(self, fields: Mapping[str, Any]) -> dict[str, list[bytes]]:
         # Absent is the same as null: a tar cannot say null, and a sample without media is a sample of text.
         return {kind: _as_media(fields.get(column), column) for kind, column in self._media_columns.items()}
 
 
-def _as_media(value: Any, column: str) -> list[Media]:
-    """Read a media column: bytes, a file that the source has resolved, or a list of them."""
+def _as_media(value: Any, column: str) -> list[bytes]:
+    """Read a media column: bytes, or a list of them; sources have read what lies in files."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
         return [item for element in value for item in _as_media(element, column)]
     if isinstance(value, bytes | bytearray | memoryview):
         return [bytes(value)]
-    if isinstance(value, Path):
-        return [value]
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     raise SkipSample(
         "bad_sample",
-        f"column {column!r} has {type(value).__name__} {shown}, expected an image or video as bytes or a path",
+        f"column {column!r} has {type(value).__name__} {shown}, expected the bytes of an image or video",
     )
 
 
