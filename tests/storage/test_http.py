@@ -73,6 +73,22 @@ def test_without_manifest_and_indexes_shards_are_fetched_and_indexed_once(
         opening(url)
 
 
+def test_a_damaged_index_that_nobody_else_has_is_made_again_by_the_next_start(
+    server: Server, shards: Path, tmp_path: Path, opening: Opening
+) -> None:
+    for file in [*shards.glob("*.arrow"), shards / "manifest.json"]:
+        file.unlink()
+    good = read_all(opening(f"{server[0]}/{ALL}"))
+    (kept,) = (tmp_path / "index").rglob("train-000003.tar*")
+    data = kept.read_bytes()
+    place = data.index(b"s0024s0025")  # the keys: what the index says of itself is as it was
+    kept.write_bytes(data[:place] + b"x" + data[place + 1 :])
+    source = opening(f"{server[0]}/{ALL}")
+    with pytest.raises(DataError, match=r"the index of .*train-000003\.tar is gone; start the run again"):
+        source.read(3 * ROWS)
+    assert read_all(opening(f"{server[0]}/{ALL}")) == good
+
+
 def test_big_shards_without_index_are_refused_with_the_command(
     server: Server,
     shards: Path,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.tiny_run import make_tiny_run
 from vlm_dist.build.continuation import check_config
 from vlm_dist.checkpoint import Checkpoint
-from vlm_dist.config import load_run
+from vlm_dist.config import RunConfig, load_run
 from vlm_dist.errors import CheckpointError
 
 
@@ -50,3 +51,22 @@ def test_another_adapter_is_refused_with_all_that_differs(
         continued(run_file, tmp_path, monkeypatch, "peft.lora_alpha=32", "peft.towers.vision=freeze")
     assert "peft.lora_alpha: 16 in the checkpoint, now 32" in str(error.value)
     assert "peft.towers.vision: 'lora' in the checkpoint, now 'freeze'" in str(error.value)
+
+
+def test_a_signature_made_anew_is_no_difference_and_no_secret_is_told(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_file.parent.parent)
+
+    def load(url: str) -> RunConfig:
+        return load_run(run_file, [f"data.train=[{{type: tar, path: '{url}'}}]"])
+
+    saved = load("https://host/a.tar?sig=old-secret&n=1")
+    saved.write(tmp_path / "resolved_config.yaml")
+    checkpoint = Checkpoint(tmp_path, 3, {})
+    assert check_config(load("https://host/a.tar?sig=new-secret&n=1"), checkpoint) == []
+    # of a version that wrote secrets
+    (tmp_path / "resolved_config.yaml").write_text(yaml.safe_dump(saved.model_dump(mode="json")))
+    assert check_config(load("https://host/a.tar?sig=new-secret&n=1"), checkpoint) == []
+    (notice,) = check_config(load("https://host/b.tar?sig=new-secret&n=1"), checkpoint)
+    assert "a.tar" in notice and "b.tar" in notice and "secret" not in notice

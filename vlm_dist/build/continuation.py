@@ -15,6 +15,7 @@ from vlm_dist.checkpoint import Checkpoint, CheckpointStore, RunFacts
 from vlm_dist.checkpoint.layout import RESOLVED_CONFIG
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch
+from vlm_dist.config.masking import without_secrets
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
@@ -90,10 +91,14 @@ def _schedule_facts(config: RunConfig) -> dict[str, Any]:
 #: What makes the adapter another one: a checkpoint of other values is not continued.
 FIXED = (
     "model_id",
-    *(f"peft.{key}" for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora", "towers")),
+    *(f"peft.{key}" for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")),
+    *(f"peft.{key}" for key in ("modules_to_save", "towers")),
 )
 #: What says where and how far to run, and changes nothing of what is learned.
-FREE = ("deepspeed", "train.output_dir", "train.resume", "train.stop_at_step", "train.run_name", "data.index_dir")
+FREE = (
+    *("deepspeed", "train.output_dir", "train.resume", "train.stop_at_step", "train.run_name", "data.index_dir"),
+    "peft.adapter",  # says where the run began
+)
 
 
 def check_config(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
@@ -105,7 +110,8 @@ def check_config(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     Raises:
         CheckpointError: the base model or the adapter is another one; lists all differences of them.
     """
-    saved = _flat(yaml.safe_load((checkpoint.path / RESOLVED_CONFIG).read_text(encoding="utf-8")) or {})
+    written = yaml.safe_load((checkpoint.path / RESOLVED_CONFIG).read_text(encoding="utf-8")) or {}
+    saved = _flat(without_secrets(written))  # a signature that was made anew is no difference
     now = _flat(yaml.safe_load(config.to_yaml()))
     differing = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
     lines = {key: f"{key}: {saved[key]!r} in the checkpoint, now {now[key]!r}" for key in differing}

@@ -10,6 +10,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
+from vlm_dist.config.masking import masked
 from vlm_dist.config.section import Section
 from vlm_dist.config.yaml_document import KeyPath
 
@@ -57,7 +58,7 @@ def describe(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return f"{_shorten(value)!r} (text)"
+        return f"{_shorten(masked(value))!r} (text)"
     if isinstance(value, int | float):
         return str(value)
     if isinstance(value, list | tuple):

@@ -13,6 +13,7 @@ from typing import Literal
 
 from vlm_dist.config.data import DataConfig, DataSource
 from vlm_dist.config.explain import nearest
+from vlm_dist.config.masking import MASK
 from vlm_dist.config.peft import PeftConfig
 from vlm_dist.config.train import TrainConfig
 from vlm_dist.config.vlm_collator import MEDIA_COLUMNS, DatasetColumns, VlmCollatorConfig
@@ -312,8 +313,22 @@ def _workers(train: TrainConfig, data: DataConfig, collator: VlmCollatorConfig) 
 
 
 def _towers(peft: PeftConfig) -> Iterator[Finding]:
-    if set(peft.towers.model_dump().values()) == {"freeze"}:
-        yield Finding(("peft", "towers"), "every tower is frozen: nothing to train; set one of them to lora")
+    policies = peft.towers.model_dump()
+    whole: KeyPath = ("peft", "modules_to_save")
+    if set(policies.values()) == {"freeze"} and not peft.modules_to_save:
+        message = "every tower is frozen: nothing to train; set one of them to lora or full"
+        yield Finding(("peft", "towers"), message, also=(whole,))
+    elif "lora" not in policies.values():
+        message = (
+            "no tower is lora, so there is no adapter: r, target_modules, lora_alpha, lora_dropout, bias, use_rslora "
+            "and use_dora have no effect"
+        )
+        yield Finding(("peft", "towers"), message, also=(whole,), is_notice=True)
+    for tower, rate in peft.towers_learning_rate.model_dump().items():
+        if rate is not None and policies[tower] == "freeze" and not peft.modules_to_save:
+            message = f"{rate:g} has no effect: peft.towers.{tower} is freeze"
+            also: tuple[KeyPath, ...] = (("peft", "towers", tower), whole)
+            yield Finding(("peft", "towers_learning_rate", tower), message, also=also, is_notice=True)
 
 
 def _sources(data: DataConfig) -> Iterator[Finding]:
@@ -346,6 +361,9 @@ def _weights(data: DataConfig) -> Iterator[Finding]:
 
 def _source(source: DataSource, path: KeyPath) -> Iterator[Finding]:
     paths = [source.path] if isinstance(source.path, str) else source.path or []
+    if any(MASK in one and ("://" in one or one.startswith("pipe:")) for one in paths):
+        message = f"has {MASK} in the place of a secret, which no run writes down; give the whole path again"
+        yield Finding((*path, "path"), message)
     kinds = {"a URL" if "://" in one and not one.startswith("pipe:") else "a local path or pipe" for one in paths}
     if len(kinds) > 1:
         yield Finding((*path, "path"), "got URLs and local paths in one list; make them two sources")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from vlm_dist.config.explain import describe, explain, suggest_key
 from vlm_dist.config.laws import Draft, findings
 from vlm_dist.config.layers import Layers, split_key
+from vlm_dist.config.masking import masked
 from vlm_dist.config.run import SECTIONS, ConfigFiles, RunConfig, RunFile
 from vlm_dist.config.section import Section
 from vlm_dist.config.yaml_document import (
@@ -118,7 +119,7 @@ class _Load:
             self.layers.lay(document.value, document.origins, (section,))
 
     def _lay_override(self, override: str) -> None:
-        origin = Origin(f"--set {override}")
+        origin = Origin(f"--set {masked(override)}")
         self.sources.append(origin.source)
         key, equals, text = override.partition("=")
         path = split_key(key.strip())

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from vlm_dist.config.data import DataConfig
+from vlm_dist.config.masking import MASK, without_secrets
 from vlm_dist.config.peft import PeftConfig
 from vlm_dist.config.section import Name, PathField, Section
 from vlm_dist.config.train import TrainConfig
@@ -23,6 +24,11 @@ SECTIONS: dict[str, type[Section]] = {
     "peft": PeftConfig,
     "data": DataConfig,
 }
+
+_TITLE = f"""\
+# The resolved configuration of a run: all values, wherever they came from. A run may start from this file.
+# Secrets in paths of data (passwords, signatures) were left out: where {MASK} stands, write the path again first.
+"""
 
 #: What is used when no run file is named.
 DEFAULT_RUN_FILE = Path("configs/run.yaml")
@@ -71,13 +77,12 @@ class RunConfig(Section):
         return self.model.entry(self.model_id)
 
     def dump(self) -> dict[str, Any]:
-        """All values, defaults included, as YAML knows them."""
-        return self.model_dump(mode="json")
+        """All values, defaults included, as YAML knows them; without the secrets in paths of data."""
+        return without_secrets(self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
         """The resolved configuration as text; `load_run` reads such a file as well as a run file."""
-        title = "# The resolved configuration of a run: all values, wherever they came from.\n"
-        return title + dump_yaml(self.dump())
+        return _TITLE + dump_yaml(self.dump())
 
     def write(self, path: Path) -> None:
         """Write `to_yaml()` to a file."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.errors import VlmDistError
+
+#: What went wrong on a rank, as the others need it: the error's type and message.
+Failure = tuple[type[VlmDistError], str]
 
 
 @contextmanager
@@ -14,7 +17,8 @@ def agree_on_failure(ranks: Ranks) -> Iterator[None]:
     """Raise on every rank if the enclosed local work failed on any. Collective: every rank enters and leaves it.
 
     The enclosed work must not itself contain collectives: a rank that failed before one would not take part in it.
-    All ranks raise the error of the first rank that failed, so that one clear message comes out.
+    All ranks raise the error of the first rank that failed, so that one clear message comes out. Work that may take
+    longer than a collective waits belongs in `vlm_dist.distributed.patience.long_work`.
 
     Raises:
         VlmDistError: the first failing rank's error.
@@ -24,15 +28,30 @@ def agree_on_failure(ranks: Ranks) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - re-raised below, after the others know
         failure = error
-    known = failure if isinstance(failure, VlmDistError) else None
-    mine = None if failure is None else (type(known or VlmDistError("")), str(known or repr(failure)))
-    failures = ranks.gather_objects(mine)
-    found = [(rank, *each) for rank, each in enumerate(failures) if each is not None]
-    if not found:
+    raise_first(ranks, ranks.gather_objects(describe_failure(failure)), failure)
+
+
+def describe_failure(failure: Exception | None) -> Failure | None:
+    """Say what the others are told; None where all is well."""
+    if failure is None:
+        return None
+    return (type(failure), str(failure)) if isinstance(failure, VlmDistError) else (VlmDistError, repr(failure))
+
+
+def raise_first(ranks: Ranks, failures: Sequence[Failure | None], mine: Exception | None) -> None:
+    """Raise the first rank's failure, if there is any.
+
+    Args:
+        ranks: this process among its peers.
+        failures: of every rank, by `describe_failure`.
+        mine: this rank's own; one that is a bug of ours is raised here as it is, with its traceback.
+    """
+    first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
+    if first is None:
         return
-    first, kind, message = found[0]
-    if failure is not None and known is None:
-        raise failure  # a bug of ours keeps its traceback where it happened
-    if first == ranks.rank and failure is not None:
-        raise failure
-    raise kind(message if failures.count(failures[first]) == len(failures) else f"rank {first}: {message}")
+    if mine is not None and (first == ranks.rank or not isinstance(mine, VlmDistError)):
+        raise mine
+    found = failures[first]
+    assert found is not None
+    kind, message = found
+    raise kind(message if failures.count(found) == len(failures) else f"rank {first}: {message}")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlm_dist.config.masking import masked
 from vlm_dist.errors import DataError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -28,7 +29,9 @@ def find_files(where: str, pattern: str, endings: tuple[str, ...]) -> list[Path]
         DataError: if nothing is found, or a file named by braces is missing.
     """
     if "://" in pattern or pattern.startswith("pipe:"):
-        raise DataError(f"{where}: {pattern!r} is not a local path; only shards (type: tar) are read from elsewhere")
+        raise DataError(
+            f"{where}: {masked(pattern)!r} is not a local path; only shards (type: tar) are read from elsewhere"
+        )
     found: list[Path] = []
     missing: list[str] = []
     # a file or folder of just this name is meant before a pattern is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -87,8 +87,10 @@ def open_storage(
     if any(pattern.startswith("pipe:") or pattern.endswith(COMPRESSED) for pattern in patterns):
         from vlm_dist.data.storage.spool import spool_shards
 
-        paths = spool_shards(where, patterns, cache)
-        return LocalShards(paths, index_dir), describe_shards(paths, index_dir)
+        spooled = spool_shards(where, patterns, cache)
+        described = describe_shards([one.path for one in spooled], index_dir).shards
+        manifest = Manifest(tuple(replace(entry, name=one.name) for entry, one in zip(described, spooled, strict=True)))
+        return LocalShards([one.path for one in spooled], index_dir), manifest
     paths = list(dict.fromkeys(path for pattern in patterns for path in find_files(where, pattern, (".tar",))))
     if not paths:
         raise DataError(f"{where}: no shards")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from vlm_dist.config.masking import masked
 from vlm_dist.data.storage.remote.retries import TransientError, with_backoff
 from vlm_dist.data.storage.remote.store import RemoteObject
 from vlm_dist.data.storage.remote.urls import shown
@@ -108,19 +109,20 @@ class BucketStore:
                 raise DataError(f"{shown(url)}: there is no such object") from error
             except PermissionError as error:
                 raise DataError(
-                    f"{shown(url)}: access is denied ({error}); check the credentials of this machine"
+                    f"{shown(url)}: access is denied ({masked(str(error))}); check the credentials of this machine"
                 ) from error
             except (DataError, TransientError):
                 raise
             except Exception as error:
                 if type(error).__name__ in _NO_CREDENTIALS:
                     raise DataError(
-                        f"{shown(url)}: there are no credentials on this machine ({error}); set them up, or for a "
-                        "public bucket ask anonymously (FSSPEC_S3_ANON=true, FSSPEC_GS_TOKEN=anon)"
+                        f"{shown(url)}: there are no credentials on this machine ({masked(str(error))}); set them up, "
+                        "or for a public bucket ask anonymously (FSSPEC_S3_ANON=true, FSSPEC_GS_TOKEN=anon)"
                     ) from error
+                said = f"{type(error).__name__}: {masked(str(error))}"
                 if not _may_pass(error):
-                    raise DataError(f"{shown(url)}: the store answers {type(error).__name__}: {error}") from error
-                raise TransientError(f"{type(error).__name__}: {error}") from error
+                    raise DataError(f"{shown(url)}: the store answers {said}") from error
+                raise TransientError(said) from error
 
         return with_backoff(shown(url), attempt)
 

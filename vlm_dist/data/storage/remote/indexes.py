@@ -59,6 +59,7 @@ class RemoteIndexes:
         if index is None or index.digest != digest:
             index = self.fetch(url, "")
         if index is None:
+            place.unlink(missing_ok=True)  # else the next start would trust what a damaged one says of itself
             raise DataError(f"{place}: the index of {shown(url)} is gone; start the run again, and it is made again")
         if index.digest != digest:
             raise DataError(

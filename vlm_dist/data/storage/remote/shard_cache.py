@@ -23,6 +23,9 @@ from vlm_dist.errors import DataError
 _PART = ".part"
 _LOCKS = ".locks"
 _ROOM = "room"  # the lock of who looks for room
+#: Keys of this folder are copies that cannot be made again for certain: they count, but are never removed.
+SPOOL = "spool"
+_GROWTH_BYTES = 64 * 1024 * 1024  # so much room is taken at once for a copy whose size nobody knows
 #: What another process has announced so recently is not taken from it for something that is needed later.
 _RECENT_SECONDS = 30.0
 _POLL_SECONDS = 0.1
@@ -54,6 +57,7 @@ class ShardCache:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             if directory is None and self.directory.stat().st_uid != os.getuid():
                 raise DataError(f"{self.directory} belongs to another user; set data.cache.dir to a directory of yours")
+            (self.directory / SPOOL).mkdir(exist_ok=True)
             with byte_lock(self._locks, _ROOM):
                 self._remove_leftovers()
         except OSError as error:
@@ -99,7 +103,7 @@ class ShardCache:
         """Open a copy; whoever comes first downloads it, the others wait.
 
         Args:
-            key: file name of the copy.
+            key: file name of the copy; `spool/NAME` for one that is never removed.
             num_bytes: its size; None where that is not known.
             download: writes it to a descriptor, tells its progress, and returns its size.
             keep: copies that must not go to make room, beside those that others have announced; None: it is needed
@@ -138,10 +142,6 @@ class ShardCache:
                     part.unlink(missing_ok=True)
         return copy
 
-    def drop(self, key: str) -> None:
-        """Remove a copy."""
-        self.path(key).unlink(missing_ok=True)
-
     def rename(self, key: str, new_key: str) -> None:
         """Give a copy another name; one that is gone already stays gone."""
         with contextlib.suppress(FileNotFoundError):
@@ -164,9 +164,8 @@ class ShardCache:
         def make_room_for(written: int) -> None:
             nonlocal reserved
             if written > reserved:  # of an object whose size nobody told
-                step = max(64 * 1024 * 1024, reserved // 4)
-                self._reserve(descriptor, reserved + step, keep, key)
-                reserved += step
+                reserved = max(written, reserved + min(_GROWTH_BYTES, self.max_bytes // 16))
+                self._reserve(descriptor, reserved, keep, key)
 
         while True:
             try:
@@ -215,7 +214,7 @@ class ShardCache:
         """Remove the copy that was not used for the longest time; False where none may go."""
         recent = time.time_ns() - int(_RECENT_SECONDS * 1e9)
         for size, used, name in sorted(self._entries(), key=lambda entry: entry[1]):
-            if name.endswith(_PART) or name == key:
+            if name.endswith(_PART) or name == key or name.startswith(f"{SPOOL}/"):
                 continue
             if keep is not None and (name in keep or used > recent):
                 continue
@@ -245,14 +244,15 @@ class ShardCache:
     def _entries(self) -> list[tuple[int, int, str]]:
         """(bytes, last use in ns, name) of all copies and parts."""
         entries = []
-        with os.scandir(self.directory) as found:
-            for entry in found:
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if entry.name != _LOCKS and entry.is_file(follow_symlinks=False):
-                    entries.append((status.st_size, status.st_mtime_ns, entry.name))
+        for folder, prefix in ((self.directory, ""), (self.directory / SPOOL, f"{SPOOL}/")):
+            with os.scandir(folder) as found:
+                for entry in found:
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    if entry.name != _LOCKS and entry.is_file(follow_symlinks=False):
+                        entries.append((status.st_size, status.st_mtime_ns, prefix + entry.name))
         return entries
 
     def _remove_leftovers(self) -> None:

@@ -5,13 +5,7 @@ from __future__ import annotations
 import hashlib
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-_SIGNING = ("x-amz-", "x-goog-")
-_SIGNING_NAMES = frozenset(
-    (
-        *("signature", "sig", "expires", "awsaccesskeyid", "googleaccessid", "key-pair-id", "policy", "token"),
-        *("access_token", "se", "sp", "sv", "sr", "st", "spr", "skoid", "sktid", "skt", "ske", "sks", "skv"),
-    )
-)
+from vlm_dist.config.masking import is_secret_name
 
 
 def scheme_of(url: str) -> str:
@@ -29,9 +23,7 @@ def identity(url: str) -> str:
     """Return what tells one object from another: signatures and passwords change while the object stays."""
     parts = urlsplit(url)
     query = [
-        (name, value)
-        for name, value in parse_qsl(parts.query, keep_blank_values=True)
-        if not name.lower().startswith(_SIGNING) and name.lower() not in _SIGNING_NAMES
+        (name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True) if not is_secret_name(name)
     ]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, urlencode(query), ""))
 
