@@ -19,7 +19,7 @@ from vlm_dist.data.types import Layout, PackBudget, Source
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.distributed.patience import Work, long_work
 from vlm_dist.errors import ConfigError, ModelError
-from vlm_dist.families import Family, family_for
+from vlm_dist.families import Family, check_attention, family_for
 from vlm_dist.model import load_processor, load_rope_index
 from vlm_dist.trainer import Cadence
 
@@ -84,12 +84,18 @@ def lookahead_steps(config: RunConfig) -> int:
 
 
 def make_processor(config: RunConfig) -> tuple[Any, Family]:
-    """The model's processor, and its row in the table of families."""
+    """The model's processor, and its row in the table of families.
+
+    Raises:
+        ConfigError: the attention implementation computes something else than the family means.
+    """
     loading = config.model.loading_for(config.model_id)
     processor = load_processor(
         config.model_id, config.model_entry, config.model.processor_for(config.model_id), loading
     )
-    return processor, find_family(config, type(processor).__name__)
+    family = find_family(config, type(processor).__name__)
+    check_attention(family, loading.attn_implementation)
+    return processor, family
 
 
 def find_family(config: RunConfig, processor: str | None = None) -> Family:
