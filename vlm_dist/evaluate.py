@@ -211,20 +211,21 @@ class Evaluator:
     def _micro_batches(self, number: int, pool: Pool | None) -> Iterator[MicroBatch]:
         """This rank's micro-batches of one source, asked for a little ahead. Collective: the ranks agree on each."""
         assert pool is not None
-        plan = self._plans[number]
-        jobs = deque(
-            MicroBatchJob(job.step, job.micro_batch, tuple(_of_source(ref, number) for ref in job.refs))
-            for step in plan.steps()
-            for job in step.for_rank(self._ranks.rank, self._ranks.world_size)
-        )
+        jobs = deque[MicroBatchJob]()
+        # A rank that cannot plan or read must not leave the others waiting in the model's collectives.
+        with agree_on_failure(self._ranks):
+            jobs.extend(
+                MicroBatchJob(job.step, job.micro_batch, tuple(_of_source(ref, number) for ref in job.refs))
+                for step in self._plans[number].steps()
+                for job in step.for_rank(self._ranks.rank, self._ranks.world_size)
+            )
         unannounced, pending = deque(jobs), deque[Any]()
         for _ in range(len(jobs)):
-            while unannounced and len(unannounced) + _ANNOUNCED > len(jobs):
-                announce(self._sources, unannounced.popleft().refs)
-            while jobs and len(pending) < _PREFETCH:
-                pending.append(pool.submit(jobs.popleft()))
-            # A rank that cannot read must not leave the others waiting in the model's collectives.
             with agree_on_failure(self._ranks):
+                while unannounced and len(unannounced) + _ANNOUNCED > len(jobs):
+                    announce(self._sources, unannounced.popleft().refs)
+                while jobs and len(pending) < _PREFETCH:
+                    pending.append(pool.submit(jobs.popleft()))
                 batch: MicroBatch = pending.popleft().result()
             yield batch
 

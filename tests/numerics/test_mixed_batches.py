@@ -24,7 +24,7 @@ from tests.numerics.test_training_invariance import (
 )
 from tests.tiny_run import TinyRun, make_tiny_run
 from tests.unit.data.faults import picture
-from vlm_dist.build import make_lengths_alone, make_materialisers, make_plan, make_processor, open_sources_alone
+from vlm_dist.build import make_lengths, make_materialisers, make_plan, make_processor, open_sources_alone
 from vlm_dist.config import load_run
 from vlm_dist.config.arithmetic import resolve_batch
 from vlm_dist.data.materialise import Materialiser
@@ -84,7 +84,7 @@ def reference(run: TinyRun) -> tuple[PlainLoop, list[list[MicroBatch]], list[lis
         processor, family = make_processor(config)
         alone = Materialiser(sources, processor, family, config.collator, frozenset(), config.train.seed)
         materialise = make_materialisers(config, sources, [], processor, family)
-        lengths = make_lengths_alone(config, sources, processor, family, materialise)
+        lengths = make_lengths(config, sources, processor, family, materialise)
         plan = make_plan(config, sources, resolve_batch(config.train, 2), lengths)
         loop, singles, batches = PlainLoop(run, config), [], []
         for step in plan.steps():

@@ -27,7 +27,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from tests.numerics.finished_runs import checkpoints, figures, masters, max_difference, train
 from tests.tiny_run import TinyRun, make_tiny_run
 from vlm_dist import cli
-from vlm_dist.build import make_lengths_alone, make_materialisers, make_plan, make_processor, open_sources_alone
+from vlm_dist.build import make_lengths, make_materialisers, make_plan, make_processor, open_sources_alone
 from vlm_dist.config import RunConfig, load_run
 from vlm_dist.config.arithmetic import resolve_batch
 from vlm_dist.data.materialise import Materialiser
@@ -147,7 +147,7 @@ class Project:
         self.sources = open_sources_alone(self.config, "train")
         self.processor, self.family = make_processor(self.config)
         self.materialise = make_materialisers(self.config, self.sources, [], self.processor, self.family)
-        lengths = make_lengths_alone(self.config, self.sources, self.processor, self.family, self.materialise)
+        lengths = make_lengths(self.config, self.sources, self.processor, self.family, self.materialise)
         batch = resolve_batch(self.config.train, 1, GLOBAL_BATCH_SIZE)
         self.plan = make_plan(self.config, self.sources, batch, lengths)
 

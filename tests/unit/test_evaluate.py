@@ -316,6 +316,30 @@ def test_a_rank_that_cannot_read_takes_the_others_with_it(tiny_dir: Path) -> Non
     assert all("unreadable/shard-0:002: disk on fire" in message for message in messages)
 
 
+def failing_on_one(ranks: Ranks, tiny_dir: Path, where: str) -> str:
+    """The second rank's storage fails before there is anything to wait for."""
+    sources = [Questions("few", 6)]
+
+    def fail(*_: Any) -> Any:
+        raise DataError(f"no storage to {where}")
+
+    evaluator = make_evaluator(ranks, tiny_dir, sources, make_engine(tiny_dir), generation_pool=None)
+    if ranks.rank == 1:
+        owner: Any = {"announce": sources[0], "submit": evaluator._pool, "plan": evaluator._plans[0]}[where]
+        setattr(owner, {"announce": "will_read", "submit": "submit", "plan": "step"}[where], fail)
+    try:
+        evaluator.run(0)
+    except VlmDistError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("where", ["announce", "submit", "plan"])
+def test_a_rank_that_fails_before_it_reads_takes_the_others_with_it(tiny_dir: Path, where: str) -> None:
+    messages = run_ranks(failing_on_one, 2, tiny_dir, where, timeout_seconds=30)
+    assert messages == [f"rank 1: no storage to {where}", f"no storage to {where}"]
+
+
 def cannot_generate(ranks: Ranks, tiny_dir: Path) -> str:
     engine = SimpleNamespace(module=torch.nn.Linear(1, 1), device="cpu", compute_dtype=torch.float32, zero_stage=2)
     try:

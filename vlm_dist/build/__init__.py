@@ -11,14 +11,14 @@ from vlm_dist.build.data import (
     make_processor,
     open_sources_alone,
 )
-from vlm_dist.build.lengths import make_lengths_alone, plans_by_length
+from vlm_dist.build.lengths import make_lengths, plans_by_length
 from vlm_dist.build.run import RunParts, run_parts, train
 
 __all__ = [
     "RunParts",
     "describe_plan",
     "find_family",
-    "make_lengths_alone",
+    "make_lengths",
     "make_materialisers",
     "make_plan",
     "make_processor",

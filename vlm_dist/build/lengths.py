@@ -37,10 +37,10 @@ def make_lengths(
     processor: Any,
     family: Family,
     materialise: ByPurpose,
-    planned_with: str | None,
-    ranks: Ranks,
+    planned_with: str | None = None,
+    ranks: Ranks | None = None,
 ) -> LengthModel:
-    """The length model of a run. Collective: every rank calls this.
+    """The length model of a run. Collective where there are ranks: every rank calls this.
 
     Rank 0 looks for counts and measures texts, so that samples are read once, and all ranks decide alike.
 
@@ -51,32 +51,31 @@ def make_lengths(
         family: its row.
         materialise: has the materialiser of training.
         planned_with: digest of the lengths that the checkpoint to continue was planned with.
-        ranks: this process among its peers.
+        ranks: this process among its peers; None: it is alone, without a run.
     """
     if not plans_by_length(config):
         return fact_lengths(sources, family, config.collator)
+
+    def choose() -> LengthChoice:
+        stores = make_stores(config, processor, family)
+        measure_text = training_materialiser(materialise).measure_text
+        decides_order = not is_packed(config)
+        return choose_lengths(config.data.lengths, sources, stores, measure_text, planned_with, decides_order)
+
+    def open_chosen(choice: LengthChoice) -> LengthModel:
+        stores = make_stores(config, processor, family)
+        counter = training_materialiser(materialise).visual_counter
+        return open_lengths(choice, sources, stores, counter, family, config.collator)
+
+    if ranks is None:
+        return open_chosen(choose())
     choice: LengthChoice | None = None
     with agree_on_failure(ranks):
         if ranks.is_main:
-            choice = _choose(config, sources, processor, family, materialise, planned_with)
+            choice = choose()
     choice = ranks.broadcast_object(choice)
     with agree_on_failure(ranks):
-        return _open(config, sources, processor, family, materialise, choice)
-
-
-def make_lengths_alone(
-    config: RunConfig,
-    sources: list[Source],
-    processor: Any,
-    family: Family,
-    materialise: ByPurpose,
-    planned_with: str | None = None,
-) -> LengthModel:
-    """The same in one process, without a run."""
-    if not plans_by_length(config):
-        return fact_lengths(sources, family, config.collator)
-    choice = _choose(config, sources, processor, family, materialise, planned_with)
-    return _open(config, sources, processor, family, materialise, choice)
+        return open_chosen(choice)
 
 
 def describe_lengths(config: RunConfig, lengths: LengthModel) -> str | None:
@@ -93,30 +92,3 @@ def training_materialiser(materialise: ByPurpose) -> Materialiser:
     made = materialise.materialisers["train"]
     assert isinstance(made, Materialiser)
     return made
-
-
-def _choose(
-    config: RunConfig,
-    sources: list[Source],
-    processor: Any,
-    family: Family,
-    materialise: ByPurpose,
-    planned_with: str | None,
-) -> LengthChoice:
-    stores = make_stores(config, processor, family)
-    measure_text = training_materialiser(materialise).measure_text
-    decides_order = not is_packed(config)
-    return choose_lengths(config.data.lengths, sources, stores, measure_text, planned_with, decides_order)
-
-
-def _open(
-    config: RunConfig,
-    sources: list[Source],
-    processor: Any,
-    family: Family,
-    materialise: ByPurpose,
-    choice: LengthChoice,
-) -> LengthModel:
-    stores = make_stores(config, processor, family)
-    counter = training_materialiser(materialise).visual_counter
-    return open_lengths(choice, sources, stores, counter, family, config.collator)

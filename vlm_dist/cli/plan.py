@@ -61,7 +61,7 @@ def _make(options: argparse.Namespace) -> tuple[Plan, list[Source], list[str]]:
     from vlm_dist.build import (
         describe_plan,
         find_family,
-        make_lengths_alone,
+        make_lengths,
         make_materialisers,
         make_plan,
         make_processor,
@@ -83,7 +83,7 @@ def _make(options: argparse.Namespace) -> tuple[Plan, list[Source], list[str]]:
         processor, family = make_processor(config)
         materialise = make_materialisers(config, sources, [], processor, family)
         planned_with = checkpoint.info["plan"].get("lengths") if checkpoint is not None else None
-        lengths = make_lengths_alone(config, sources, processor, family, materialise, planned_with)
+        lengths = make_lengths(config, sources, processor, family, materialise, planned_with)
     else:
         lengths = fact_lengths(sources, find_family(config), config.collator)
     ranks_per_node = options.world_size if options.ranks_per_node is None else options.ranks_per_node

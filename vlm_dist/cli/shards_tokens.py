@@ -88,6 +88,7 @@ def show(name: str, summary: LengthSummary, max_length: int) -> None:
         (f"with text cut at max_length {max_length}", summary.num_cut),
         (f"too long for max_length {max_length}, and left out", summary.num_too_long),
         ("that cannot be used, and are left out", summary.num_unusable),
+        ("that took too long or ended their process: estimated, and tried again by the next call", summary.num_lost),
     ):
         if number:
             print(f"  {number} ({number / summary.num_samples:.2%}) {words}")

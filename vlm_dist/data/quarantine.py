@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from vlm_dist.errors import DataError
 log = logging.getLogger(__name__)
 
 _NUM_SHOWN = 5  # per class; the file has all
+_BLOCK_BYTES = 65_536
+_FIELDS = {"source", "shard", "key", "class", "message", "step", "rank", "purpose"}
 
 
 class Quarantine:
@@ -23,6 +26,8 @@ class Quarantine:
     A line has source, shard, key, offset (of the sample's first member in the shard, in bytes; null where there is no
     such thing), class, message, step, rank and purpose. Evaluation writes a sample down each time it meets it; a run
     that is continued from a checkpoint writes down the steps since then again.
+
+    A line that a killed run left half written is removed before the first line of the run that goes on.
 
     Empty slots at the end of an epoch are counted, but not written: no sample is behind them.
 
@@ -90,7 +95,8 @@ class Quarantine:
         try:
             if self._stream is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._stream = self.path.open("a", encoding="utf-8")
+                self._stream = self.path.open("a", encoding="utf-8", errors="replace")
+                os.truncate(self.path, _end_of_lines(self.path))
             self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
             self._stream.flush()
         except OSError as error:
@@ -98,25 +104,57 @@ class Quarantine:
             log.warning("%s cannot be written (%s); skipped samples are counted, but no longer named", self.path, error)
 
 
+def _end_of_lines(path: Path) -> int:
+    """Bytes of a file up to the end of its last whole line."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK_BYTES)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
 def read_quarantine(output_dir: str | Path) -> list[dict[str, Any]]:
     """Read the records of all ranks, ordered by step.
 
-    A last line that is cut is left out: the run that wrote it was killed, or is still writing.
+    A damaged line is told of in the log and left out; so is, without a word, a last line that is cut: the run that
+    wrote it was killed, or is still writing.
 
     Raises:
-        DataError: a file cannot be read, or is not one of these.
+        DataError: a file cannot be read.
     """
     records: list[dict[str, Any]] = []
     for path in sorted((Path(output_dir) / "quarantine").glob("rank-*.jsonl")):
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                if number == len(lines) and not line.endswith("\n"):
-                    continue
-                raise DataError(f"{path}:{number}: is no record of a skipped sample ({error})") from error
+        whole, damaged = lines[:-1], []
+        for number, line in enumerate(whole, 1):
+            record = _parse(line)
+            if record is None:
+                damaged.append(number)
+            else:
+                records.append(record)
+        if damaged:
+            log.warning(
+                "%s: %d of %d lines are no records of skipped samples and are left out, first line %d; the run may "
+                "have been killed while it wrote",
+                path, len(damaged), len(whole), damaged[0],
+            )  # fmt: skip
     return sorted(records, key=lambda record: (record["step"], record["rank"]))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """The record of a line; None where it has none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not set(record) >= _FIELDS:
+        return None
+    return record if type(record["step"]) is int and type(record["rank"]) is int else None

@@ -51,7 +51,7 @@ def test_what_is_counted_is_what_training_sees(run: TinyRun, capsys: pytest.Capt
     sources = build.open_sources_alone(config, "train")
     processor, family = build.make_processor(config)
     materialise = build.make_materialisers(config, sources, [], processor, family)
-    lengths = build.make_lengths_alone(config, sources, processor, family, materialise)
+    lengths = build.make_lengths(config, sources, processor, family, materialise)
     assert isinstance(lengths, ExactLengths)
     for number, source in enumerate(sources):
         costs = lengths.costs(number, np.arange(len(source)))

@@ -6,6 +6,7 @@ import tarfile
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from PIL import Image
 from vlm_dist.data.index.facts import FACTS_DTYPE, media_kind, probe_image, probe_video
 from vlm_dist.data.index.mp4_header import read_mp4_header
 from vlm_dist.data.index.open_index import load_or_scan
-from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index, sidecar_paths, write_index
+from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index, read_metadata, sidecar_paths, write_index
 from vlm_dist.data.index.tar_scan import scan_tar
 from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.errors import DataError
@@ -87,6 +88,77 @@ def test_a_damaged_sidecar_is_made_again(tmp_path):
     sidecar.write_bytes(good[: len(good) // 2])
     assert len(load_or_scan(shard)) == 2
     assert sidecar.read_bytes() == good
+
+
+def _flips(good, step):
+    """Copies of a file with one byte changed."""
+    for place in range(0, len(good), step):
+        for mask in (0x01, 0x80, 0xFF):
+            yield good[:place] + bytes([good[place] ^ mask]) + good[place + 1 :]
+
+
+def test_a_damaged_index_is_none_or_as_it_was(tmp_path):
+    """Whatever byte is changed and wherever the file is cut: no traceback, and no other offsets, facts or checksums."""
+    path = tmp_path / "x.arrow"
+    index = scan_tar(write_tar(tmp_path / "s.tar", PAIR), checksums=True)
+    write_index(index, path)
+    good, said = path.read_bytes(), read_metadata(path)
+    for damaged in [*(good[:cut] for cut in range(0, len(good), 7)), *_flips(good, 3)]:
+        path.write_bytes(damaged)
+        read, words = read_index(path), read_metadata(path)
+        assert words is None or all(words[name] == value for name, value in said.items() if name != "seal")
+        if read is not None:
+            assert (read.digest, read.num_bytes, read.stamp) == (index.digest, index.num_bytes, index.stamp)
+            assert np.array_equal(read.checksums, index.checksums)
+
+
+@pytest.mark.parametrize("change", ["no columns", "other types", "offsets as text", "no digest", "another list"])
+def test_an_index_of_another_shape_is_made_again(tmp_path, change, caplog):
+    shard = write_tar(tmp_path / "s.tar", PAIR)
+    before = load_or_scan(shard)
+    sidecar = tmp_path / ("s.tar" + INDEX_SUFFIX)
+    table = pa.ipc.open_file(sidecar.read_bytes()).read_all()
+    if change == "no columns":
+        table = table.drop_columns(["size:json"])
+    elif change == "other types":
+        table = table.set_column(table.column_names.index("text_bytes"), "text_bytes", pa.array([1.5, None]))
+    elif change == "offsets as text":
+        table = table.set_column(table.column_names.index("offset:txt"), "offset:txt", pa.array(["x", "y"]))
+    else:
+        metadata = {k: v for k, v in table.schema.metadata.items() if k not in (b"seal", b"digest")}
+        table = table.replace_schema_metadata(metadata if change == "no digest" else {**metadata, b"members": b"{"})
+    with pa.ipc.new_file(sidecar, table.schema) as writer:
+        writer.write_table(table)
+    assert load_or_scan(shard).digest == before.digest
+    assert "ignoring the damaged index" in caplog.text
+    assert read_index(sidecar) is not None
+
+
+def test_offsets_that_are_not_those_of_the_digest_are_not_used(tmp_path):
+    """As when the file was damaged where no parser notices it."""
+    shard = write_tar(tmp_path / "s.tar", PAIR)
+    before = load_or_scan(shard)
+    sidecar = tmp_path / ("s.tar" + INDEX_SUFFIX)
+    table = pa.ipc.open_file(sidecar.read_bytes()).read_all()
+    place = table.column_names.index("offset:txt")
+    table = table.set_column(place, "offset:txt", pa.array([o + 1 for o in table.column(place).to_pylist()]))
+    with pa.ipc.new_file(sidecar, table.schema) as writer:
+        writer.write_table(table)
+    assert load_or_scan(shard, expected=before.digest).members_of(1) == before.members_of(1)
+
+
+def test_an_index_without_a_seal_is_trusted_as_far_as_its_rows_are(tmp_path):
+    """As earlier versions wrote it."""
+    path = tmp_path / "x.arrow"
+    index = scan_tar(write_tar(tmp_path / "s.tar", PAIR), checksums=True)
+    write_index(index, path)
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    metadata = {k: v for k, v in table.schema.metadata.items() if k not in (b"seal", b"checksums")}
+    for number, is_read in ((b"2", True), (b"3", False)):
+        changed = table.replace_schema_metadata({**metadata, b"num_samples": number})
+        with pa.ipc.new_file(path, changed.schema) as writer:
+            writer.write_table(changed)
+        assert (read_index(path) is not None, read_metadata(path) is not None) == (is_read, is_read)
 
 
 def test_every_cut_of_a_tar_is_noticed(tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.unit.data.samples import MemorySource, collator
@@ -89,6 +92,44 @@ class Measure:
         if number in (TOO_LONG, DAMAGED):
             return NullSlot(None, "too_long" if number == TOO_LONG else "decode", "no")
         return SampleLength(number, row, was_reduced=row == 3, was_cut=row == 4)
+
+
+@dataclass
+class Losing(Measure):
+    """Some samples time out or crash, as the pool tells it."""
+
+    lost: dict[int, str] = field(default_factory=dict)
+
+    def _one(self, slot: int, row: int) -> SampleLength | NullSlot:
+        return NullSlot(None, self.lost[row], "no") if row in self.lost else super()._one(slot, row)
+
+
+@dataclass
+class Ahead:
+    """A pool that is asked for results after it has been given the next jobs."""
+
+    work: CountSamples
+    num_workers: int = 2
+
+    def submit(self, job: MicroBatchJob) -> Any:
+        return SimpleNamespace(result=lambda: self.work(job))
+
+
+class Pictures(Sharded):
+    """Each sample has a picture of 16 tokens, and as many bytes of text as its number is."""
+
+    def facts(self, rows: np.ndarray) -> np.ndarray:
+        facts = super().facts(rows)
+        facts["num_images"], facts["image_pixels"], facts["text_bytes"] = 1, (4 * 28) ** 2, rows + (rows == 9) * 90
+        return facts
+
+
+class Halves(Sharded):
+    """Every second shard has the second half of the whole shard."""
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shards, within = super().locate(rows)
+        return shards, within + shards % 2 * 40
 
 
 def count(source: Any, store: TokenStore, measure: Any, workers: int = 0) -> int:
@@ -176,7 +217,66 @@ def test_workers_outlive_a_sample_that_ends_its_process(store: TokenStore) -> No
     assert count(source, store, Measure(), workers=2) == 20
     assert costs(source, store, [12, 13, 14, 5]).tokens.tolist() == [1012, 1, 1014, 1]
     told = summarise(source, store)
-    assert (told.num_too_long, told.num_unusable) == (1, 2)
+    assert (told.num_too_long, told.num_unusable, told.num_lost) == (1, 1, 1)
+
+
+def test_what_was_lost_to_a_crash_or_a_time_out_is_estimated_and_tried_again(store: TokenStore) -> None:
+    source = Pictures((), shards=(("a", 40),))
+    count(source, store, Losing(offset=0, lost={7: "timeout", 9: "crash"}))
+    assert store.covers(source)  # one bad clip does not keep a run from the counts of all others
+    lengths = ExactLengths([source], [store], KEYS, max_length=20, patches_per_token=4)
+    found = lengths.costs(0, np.array([7, 8, 9]))
+    assert found.tokens.tolist() == [16 + 2, 8, 20]  # 7 bytes of text and a picture; the other is cut to fit
+    assert found.patches.tolist() == [64, 32, 64]
+    again = Losing(offset=0, lost={9: "crash"})
+    count(source, store, again)
+    assert again.calls == [7]
+    assert ExactLengths([source], [store], KEYS).costs(0, np.array([7])).tokens.tolist() == [7]
+    assert summarise(source, store).num_lost == 1
+    assert ExactLengths([source], [store], KEYS).digest != lengths.digest
+
+
+def test_what_earlier_versions_called_unusable_is_tried_again(store: TokenStore) -> None:
+    """They called samples so that had timed out, too."""
+    source = Sharded((), shards=(("a", 12),))
+    count(source, store, Measure())
+    table = pa.ipc.open_file(store.path("a").read_bytes()).read_all().replace_schema_metadata({"format": "1"})
+    with pa.ipc.new_file(store.path("a"), table.schema) as writer:
+        writer.write_table(table)
+    measure = Measure()
+    count(source, store, measure)
+    assert measure.calls == [7]
+
+
+def test_counts_are_part_of_the_digest_and_others_are_not_planned_with(store: TokenStore, tmp_path: Path) -> None:
+    source = Sharded(())
+    count(source, store, Measure(offset=0))
+    lengths = ExactLengths([source], [store], KEYS)
+    other = TokenStore(tmp_path / "other", "print")
+    count(source, other, Measure(offset=1))
+    assert ExactLengths([source], [other], KEYS).digest != lengths.digest
+    shutil.copy(other.path("c"), store.path("c"))  # behind the store's back
+    assert lengths.costs(0, np.arange(5)).tokens.tolist() == [1, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="gone or others"):
+        lengths.costs(0, np.array([104]))
+
+
+def test_a_mark_does_not_outlive_what_it_was_made_of(store: TokenStore) -> None:
+    whole, first = Sharded(()), Sharded((), limit=50)
+    count(whole, store, Measure(offset=0))
+    assert store.covers(whole)
+    store.path("c").write_bytes(b"no arrow file")
+    count(first, store, Measure(offset=0))  # writes five rows of the last shard
+    assert store.covers(first)
+    assert not store.covers(whole)
+    assert store.num_uncounted(whole) == 55
+
+
+def test_shards_of_the_same_contents_of_which_other_rows_are_used_are_counted_in_one_go(store: TokenStore) -> None:
+    source = Halves((), shards=(("same", 40), ("same", 40)))
+    count_tokens([source], [store], Ahead(CountSamples(Measure(offset=0), 4)), lambda number: None)
+    assert store.covers(source)
+    assert ExactLengths([source], [store], KEYS).costs(0, np.arange(1, 80)).tokens.tolist() == list(range(1, 80))
 
 
 def test_damaged_counts_are_counted_again(store: TokenStore) -> None:

@@ -30,3 +30,22 @@ def test_a_missing_manifest_is_none_and_a_damaged_one_an_error(tmp_path):
     (tmp_path / "manifest.json").write_text('{"version": 99}')
     with pytest.raises(DataError, match="version 99"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"num_samples": 3', '"num_samples": "3"'),
+        lambda text: text.replace('"index_digest": "digest"', '"index_digest": "dagest"'),
+        lambda text: text.replace('"jpg"', "7"),
+        lambda text: text.replace('"shards": [', '"shards": [[],'),
+        lambda text: "[" * 100_000,
+        lambda text: "[]",
+    ],
+)
+def test_any_damage_to_a_manifest_is_one_clear_error(tmp_path, damage):
+    Manifest((ENTRY,)).write(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DataError, match=r"manifest\.json: damaged manifest .*delete it"):
+        read_manifest(tmp_path)

@@ -2,12 +2,10 @@
 
 import json
 
-import pytest
-
 from vlm_dist import cli
 from vlm_dist.data.quarantine import Quarantine, read_quarantine
 from vlm_dist.data.types import NullSlot, SampleOrigin
-from vlm_dist.errors import DataError, ExitCode
+from vlm_dist.errors import ExitCode
 
 
 def slot(key, null_class="decode"):
@@ -51,11 +49,35 @@ def test_nothing_skipped_leaves_no_file(tmp_path):
 def test_a_line_that_a_killed_run_left_half_written_is_left_out(tmp_path):
     with Quarantine(tmp_path, 0) as quarantine:
         quarantine.record(0, [slot("a")])
-    append(quarantine.path, '{"source": "vq')
+    append(quarantine.path, '{"source": "vq' + "x" * 70_000)
     assert [record["key"] for record in read_quarantine(tmp_path)] == ["a"]
-    append(quarantine.path, "\n")
-    with pytest.raises(DataError, match=r"rank-00000.jsonl:2: is no record"):
-        read_quarantine(tmp_path)
+    with Quarantine(tmp_path, 0) as quarantine:  # the run goes on
+        quarantine.record(1, [slot("b")])
+    assert [record["key"] for record in read_quarantine(tmp_path)] == ["a", "b"]
+    assert len(quarantine.path.read_text().splitlines()) == 2
+
+
+def test_damaged_lines_are_told_and_the_others_read(tmp_path, caplog, capsys):
+    with Quarantine(tmp_path, 0) as quarantine:
+        quarantine.record(0, [slot("a")])
+        append(quarantine.path, '{"source": "vq{"source": "vqa"}\n[]\n{"step": 3}\n\0\0\n' + "[" * 100_000 + "\n")
+        quarantine.record(1, [slot("b")])
+    assert [record["key"] for record in read_quarantine(tmp_path)] == ["a", "b"]
+    assert "rank-00000.jsonl: 5 of 7 lines are no records of skipped samples and are left out, first line 2" in (
+        caplog.text
+    )
+    assert cli.main(["quarantine", str(tmp_path)]) == 0
+    assert "decode: 2 samples" in capsys.readouterr().out
+
+
+def test_odd_letters_of_keys_and_messages_are_written_and_read(tmp_path):
+    odd = NullSlot(SampleOrigin("vqa", "s.tar", "half \ud800", 0), "decode", "two\u2028lines\x85")
+    with Quarantine(tmp_path, 0) as quarantine:
+        quarantine.record(0, [odd, slot("b")])
+    assert [(one["key"], one["message"]) for one in read_quarantine(tmp_path)] == [
+        ("half ?", odd.message),
+        ("b", slot("b").message),
+    ]
 
 
 def append(path, text):

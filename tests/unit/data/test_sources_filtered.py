@@ -13,6 +13,7 @@ from tests.unit.data.plan_sources import FakeSource
 from vlm_dist.config.conditions import parse_conditions
 from vlm_dist.data.index.facts import FACTS_DTYPE
 from vlm_dist.data.plan.plan import Plan, PlanSettings
+from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.sources import open_source
 from vlm_dist.data.sources.filtered import FilteredSource
 from vlm_dist.data.types import RawSample, SampleOrigin
@@ -161,3 +162,11 @@ def test_a_plan_of_a_part_covers_the_part():
     plan = Plan([source], [1.0], PlanSettings(8, 2))
     rows = sorted(ref.index for step in plan.steps() for batch in step.micro_batches for ref in batch if ref)
     assert rows == list(range(75))
+
+
+def test_a_sample_that_nobody_can_parse_meets_no_condition(tmp_path):
+    with ShardWriter(tmp_path, "s") as writer:
+        for key, answer in (("a", b'{"answer": "yes"}'), ("b", b"[" * 100_000), ("c", b'{"answer": "no"}')):
+            writer.write({"__key__": key, "json": answer})
+    settings = SimpleNamespace(type="tar", path=str(tmp_path), name="deep", where={"answer": "== yes"})
+    assert [open_source(settings).origin(i).key for i in range(len(open_source(settings)))] == ["a"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tests.unit.data.samples import MemorySource, collator, jpeg
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, SampleOrigin, SampleRef
+from vlm_dist.data.workers import pool as pool_module
 from vlm_dist.data.workers import progress
 from vlm_dist.data.workers.pool import PoolClosedError, WorkerPool
 from vlm_dist.data.workers.process import pack, unpack
@@ -140,6 +142,34 @@ class CannotTravel:
 
     def __reduce__(self):
         return (eval, ("1/0",))
+
+
+def test_a_pool_that_is_closed_while_it_starts_workers_leaves_nothing_behind(monkeypatch):
+    """Starting takes longer than closing waits: the pipe stays open for the thread, and no more workers are started."""
+    started, go_on, real = threading.Event(), threading.Event(), pool_module.start_worker
+    workers = []
+
+    def start_slowly(*arguments):
+        started.set()
+        assert go_on.wait(30)
+        workers.append(real(*arguments))
+        return workers[-1]
+
+    monkeypatch.setattr(pool_module, "start_worker", start_slowly)
+    monkeypatch.setattr(pool_module, "END_SECONDS", 0.05)
+    pool = WorkerPool(Maker(), 2)
+    waiting = pool.submit(job(1))
+    assert started.wait(30)
+    pool.close()
+    os.fstat(pool._woken)  # still open: another file under its number would be read from
+    go_on.set()
+    with pytest.raises(PoolClosedError):
+        waiting.result(30)
+    pool._thread.join(30)
+    assert len(workers) == 1
+    assert not workers[0].process.is_alive()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(pool._woken)
 
 
 def test_a_materialiser_that_cannot_be_set_up_says_so():

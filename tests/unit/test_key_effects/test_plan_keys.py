@@ -122,7 +122,7 @@ def test_packs_have_no_more_patches_than_their_budget(project: Project) -> None:
         sources = build.open_sources_alone(config, "train")
         processor, family = build.make_processor(config)
         materialise = build.make_materialisers(config, sources, [], processor, family)
-        lengths = build.make_lengths_alone(config, sources, processor, family, materialise)
+        lengths = build.make_lengths(config, sources, processor, family, materialise)
         made = build.make_plan(config, sources, resolve_batch(config.train, 1), lengths)
         for batch in made.step(0).micro_batches:
             costs = made.costs([ref for ref in batch if ref])

@@ -17,8 +17,7 @@ from vlm_dist.data.index.progress import ShardProgress
 from vlm_dist.data.index.shard_index import sidecar_paths
 from vlm_dist.errors import DataError
 
-#: How long shards without an index may keep a run from starting. The other ranks of the node wait in a collective,
-#: whose time-out is 15 minutes: an estimate that is wrong by a factor of ten is still safe.
+#: How long shards without an index may keep a run from starting: all its devices are idle meanwhile.
 MAX_FIRST_USE_SECONDS = 60.0
 
 _COMPARED_SAMPLES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from vlm_dist.data.index.shard_index import INDEX_FORMAT, ShardIndex, replacing
@@ -59,6 +59,9 @@ class ShardEntry:
         )
 
 
+_SHAPE = ShardEntry("", 0, 0, "")  # of what type each field is
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """The shards of a data set, in order."""
@@ -105,11 +108,15 @@ def read_manifest(directory: Path) -> Manifest | None:
         if document["version"] != _VERSION:
             raise DataError(f"{path}: manifest version {document['version']} is unknown, expected {_VERSION}")
         shards = tuple(_entry(row) for row in document["shards"])
+        if document.get("hash") not in (None, Manifest(shards).hash):
+            raise ValueError("its shards are not those of its hash")
         if document.get("index_format") != INDEX_FORMAT:  # digests of another version are not those of today's indexes
             shards = tuple(replace(shard, stamp="") for shard in shards)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: the manifest cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged manifest ({error!r}); delete it and it is made from the indexes") from error
     return Manifest(shards)
 
@@ -118,7 +125,13 @@ def _entry(row: dict[str, object]) -> ShardEntry:
     sequences = {
         name: tuple(value) for name, value in row.items() if isinstance(value, Sequence) and not isinstance(value, str)
     }
-    return ShardEntry(**{**row, **sequences})  # type: ignore[arg-type]
+    entry = ShardEntry(**{**row, **sequences})  # type: ignore[arg-type]
+    for field in fields(ShardEntry):
+        value = getattr(entry, field.name)
+        parts = value if isinstance(value, tuple) else ()
+        if type(value) is not type(getattr(_SHAPE, field.name)) or not all(isinstance(part, str) for part in parts):
+            raise TypeError(f"{field.name}: {value!r}")
+    return entry
 
 
 def unfinished_builds(directory: Path) -> list[str]:

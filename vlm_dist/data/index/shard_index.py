@@ -5,6 +5,9 @@ It has one row per sample: the key, `offset:<member>` and `size:<member>` in byt
 the sample has none), the columns of `FACTS_DTYPE`, a check of a few bytes of its content (see `content_check`), and
 a checksum of all of it where somebody has read it all. `ShardWriter` writes it for free; a tar that has none is indexed
 by one pass over its headers.
+
+What is read is compared with the digest that was written, and the file's description of itself with a seal of its own,
+since that is read without the rows. A damaged index is none: it is made again.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import json
 import logging
 import os
 import secrets
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +52,7 @@ INDEX_FORMAT = "3"  # another one makes all indexes again
 _ABSENT = -1
 _MAX_COLUMNS = 256
 _CHECK, _CHECKSUM = "check", "content_crc32"
+_SEAL = "seal"
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +100,7 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.facts)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hex digest of the contents; the same for a written and for a scanned index of the same tar."""
         digest = hashlib.sha256(f"{INDEX_FORMAT}/{len(self)}".encode())
@@ -165,6 +171,14 @@ def write_index(index: ShardIndex, path: Path) -> None:
     for name, numbers in ((_CHECK, index.checks), (_CHECKSUM, index.checksums)):
         if numbers is not None:
             columns[name] = pa.array(numbers, pa.uint32())
+    table = pa.table(columns).replace_schema_metadata(_described(index))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _described(index: ShardIndex) -> dict[str, str]:
+    """What an index says of itself."""
     metadata = {
         "format": INDEX_FORMAT,
         "num_samples": str(len(index)),
@@ -176,54 +190,34 @@ def write_index(index: ShardIndex, path: Path) -> None:
         "stamp": index.stamp,
         "digest": index.digest,
         "has_checksums": "yes" if index.checksums is not None else "no",
+        "checksums": _crc32(b"" if index.checksums is None else index.checksums.astype("<u4").tobytes()),
     }
-    table = pa.table(columns).replace_schema_metadata(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
-        writer.write_table(table)
+    return {**metadata, _SEAL: _seal(metadata)}
+
+
+def _seal(metadata: Mapping[str, str]) -> str:
+    return _crc32(json.dumps([pair for pair in sorted(metadata.items()) if pair[0] != _SEAL]).encode())
+
+
+def _crc32(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def read_index(path: Path) -> ShardIndex | None:
-    """Read an index back.
+    """Read an index back, and compare it with its digest: 0.15 ms for 1000 samples.
 
     Returns:
         None where the file is missing, damaged or of another format: it can be made again.
     """
     try:
         with pa.OSFile(str(path)) as stream, pa.ipc.open_file(stream) as reader:
-            table = reader.read_all()
+            metadata = _metadata_of(reader.schema)
+            return None if metadata is None else _index_of(reader.read_all(), metadata)
     except FileNotFoundError:
         return None
-    except (OSError, pa.ArrowInvalid) as error:
-        log.warning("ignoring the damaged index %s: %s", path, error)
+    except Exception as error:  # noqa: BLE001 - a damaged file fails in any place, with errors of all kinds
+        log.warning("ignoring the damaged index %s: %s: %s", path, type(error).__name__, error)
         return None
-    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    if metadata.get("format") != INDEX_FORMAT:
-        return None
-    facts = np.zeros(len(table), dtype=FACTS_DTYPE)
-    for name in FACTS_DTYPE.names or ():
-        facts[name] = table.column(name).to_numpy()
-    members = [name.removeprefix("offset:") for name in table.column_names if name.startswith("offset:")]
-    spans = {
-        kind: {name: table.column(f"{kind}:{name}").fill_null(_ABSENT).to_numpy() for name in members}
-        for kind in ("offset", "size")
-    }
-    has_keys = "key" in table.column_names
-    checks, checksums = (
-        table.column(name).to_numpy() if name in table.column_names else None for name in (_CHECK, _CHECKSUM)
-    )
-    return ShardIndex(
-        table.column("key").combine_chunks() if has_keys else pa.array([], pa.string()),
-        spans["offset"],
-        spans["size"],
-        facts,
-        tuple(json.loads(metadata["json_fields"])),
-        int(metadata["num_bytes"]),
-        json.loads(metadata["notes"]),
-        metadata["stamp"],
-        checks,
-        checksums,
-    )
 
 
 def read_metadata(path: Path) -> Mapping[str, str] | None:
@@ -236,10 +230,75 @@ def read_metadata(path: Path) -> Mapping[str, str] | None:
     """
     try:
         with pa.OSFile(str(path)) as stream, pa.ipc.open_file(stream) as reader:
-            metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-    except (OSError, pa.ArrowInvalid):  # `read_index` tells of damage
+            metadata = _metadata_of(reader.schema)
+    except Exception:  # noqa: BLE001 - as above; `read_index` tells of damage
         return None
-    return metadata if metadata.get("format") == INDEX_FORMAT else None
+    if metadata is not None and _SEAL not in metadata:  # of an earlier version: its rows have to vouch for it
+        return metadata if read_index(path) is not None else None
+    return metadata
+
+
+def _metadata_of(schema: pa.Schema) -> Mapping[str, str] | None:
+    """What an index says of itself; None for one of another format.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    metadata = {name.decode(): value.decode() for name, value in (schema.metadata or {}).items()}
+    if metadata.get("format") != INDEX_FORMAT:
+        return None
+    if _SEAL in metadata and metadata[_SEAL] != _seal(metadata):
+        raise ValueError("its description of itself has changed")
+    return metadata
+
+
+def _index_of(table: pa.Table, metadata: Mapping[str, str]) -> ShardIndex:
+    """Put an index together again.
+
+    Raises:
+        Exception: of any kind, for a damaged one.
+    """
+    table.validate(full=True)  # else damaged offsets of keys would lead out of the file's memory
+    facts = np.zeros(len(table), dtype=FACTS_DTYPE)
+    for name in FACTS_DTYPE.names or ():
+        facts[name] = _numbers(table, name, pa.from_numpy_dtype(FACTS_DTYPE[name]))
+    members = json.loads(metadata["members"])
+    spans = {
+        kind: {name: _numbers(table, f"{kind}:{name}", pa.int64(), _ABSENT) for name in members}
+        for kind in ("offset", "size")
+    }
+    has_keys = "key" in table.column_names
+    checks, checksums = (
+        _numbers(table, name, pa.uint32()) if name in table.column_names else None for name in (_CHECK, _CHECKSUM)
+    )
+    index = ShardIndex(
+        table.column("key").combine_chunks() if has_keys else pa.array([], pa.string()),
+        spans["offset"],
+        spans["size"],
+        facts,
+        tuple(json.loads(metadata["json_fields"])),
+        int(metadata["num_bytes"]),
+        json.loads(metadata["notes"]),
+        metadata["stamp"],
+        checks,
+        checksums,
+    )
+    said, found = dict(metadata), _described(index)
+    if _SEAL not in said:
+        said |= {name: found[name] for name in ("checksums", _SEAL)}
+    wrong = sorted(name for name in found if said.get(name) != found[name])
+    if wrong:
+        raise ValueError(f"its content is not what was written ({', '.join(wrong)})")
+    return index
+
+
+def _numbers(table: pa.Table, name: str, kind: pa.DataType, null: int | None = None) -> NDArray[Any]:
+    """A column as an array [N]."""
+    column = table.column(name)
+    if column.type != kind or (null is None and column.null_count):
+        raise ValueError(f"its column {name} is of another type ({column.type})")
+    numbers: NDArray[Any] = (column if null is None else column.fill_null(null)).to_numpy()
+    return numbers
 
 
 class replacing:  # noqa: N801 - reads as a verb: `with replacing(path) as stream`

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vlm_dist.data.lengths.token_store import NO_COUNT, Outcome, ShardCounts, TokenStore
+from vlm_dist.data.lengths.token_store import LOST, NO_COUNT, Outcome, ShardCounts, TokenStore
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, SampleRef, Source
 
 #: Samples of one job of a worker: enough to make the way to it cheap, few enough for a lively progress bar.
@@ -22,6 +22,8 @@ _KEEP_EVERY = 20.0
 
 #: Jobs per worker that are asked for ahead.
 _AHEAD = 3
+
+_LOST_CLASSES = ("timeout", "crash")  # which a busy or full machine may cause
 
 
 class MeasuresSamples(Protocol):
@@ -65,6 +67,8 @@ class CountSamples:
 
     def _row(self, length: Any) -> tuple[int, int, int]:
         if isinstance(length, NullSlot):
+            if length.null_class in _LOST_CLASSES:
+                return LOST, LOST, Outcome.LOST
             outcome = Outcome.TOO_LONG if length.null_class == "too_long" else Outcome.UNUSABLE
             return NO_COUNT, NO_COUNT, outcome
         outcome = Outcome.CUT if length.was_cut else Outcome.REDUCED if length.was_reduced else Outcome.FITS
@@ -92,7 +96,7 @@ class _Part:
 def count_tokens(
     sources: Sequence[Source], stores: Sequence[TokenStore], pool: Pool, advance: Callable[[int], None]
 ) -> None:
-    """Count what has not been counted yet.
+    """Count what has not been counted yet, and what was lost to a time-out or a crash.
 
     A shard's counts are written when all its samples are counted; those of an unfinished one now and then, and when
     the counting is broken off.
@@ -118,7 +122,7 @@ def count_tokens(
                 shard.num_left -= 1
                 if shard.num_left == 0:
                     store.write(shard.digest, shard.counts)
-                    unfinished.pop(shard.digest, None)  # two shards may have the same contents
+                    unfinished.pop(shard.digest, None)
                 elif time.monotonic() > kept_at + _KEEP_EVERY:
                     store.write(shard.digest, shard.counts)
                     kept_at = time.monotonic()
@@ -134,15 +138,18 @@ def _parts(
 ) -> Iterator[_Part]:
     """Cut what is left to count into parts, shard by shard."""
     for state in store.scan(source):
-        missing = np.flatnonzero(~state.counted)
-        if len(state.counted) > len(missing):
-            advance(len(state.counted) - len(missing))
+        missing = np.flatnonzero(state.is_due)
+        if len(state.within) > len(missing):
+            advance(len(state.within) - len(missing))
         if not len(missing):
             continue
-        known = store.read(state.digest) or ShardCounts.empty(0)
         chunks = [missing[i : i + ROWS_PER_JOB] for i in range(0, len(missing), ROWS_PER_JOB)]
-        shard = _OpenShard(state.digest, known.resized(int(state.within.max()) + 1), len(chunks))
-        unfinished[state.digest] = shard
+        shard = unfinished.get(state.digest)  # two shards may have the same contents, and other rows of them be wanted
+        if shard is None:
+            known = store.read(state.digest) or ShardCounts.empty(0)
+            shard = unfinished[state.digest] = _OpenShard(state.digest, known, 0)
+        shard.counts = shard.counts.resized(int(state.within.max()) + 1)
+        shard.num_left += len(chunks)
         for chunk in chunks:
             yield _Part(shard, (chunk + state.first_row).tolist(), state.within[chunk].tolist())
 

@@ -70,14 +70,18 @@ def _settings(part: Any) -> list[Any]:
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """Digest vocabulary, merges, normalisation and added tokens."""
+    """Digest vocabulary, merges, normalisation and added tokens.
+
+    A fast tokenizer also remembers how its last call was to truncate and pad: that is left out.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        text = backend.to_str()
+        parts = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
     else:
         added = {number: str(token) for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
         text = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(added.items())])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _plain(value: Any) -> Any:

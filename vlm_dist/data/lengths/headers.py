@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
 
 from vlm_dist.config.vlm_collator import ImageProcessing, VideoProcessing
 from vlm_dist.data.index.facts import probe_image
@@ -14,13 +13,13 @@ from vlm_dist.data.media.images import scaled_size
 Size = tuple[int, int]  # width, height in pixels
 
 
-def picture_size(source: bytes | Path, settings: ImageProcessing) -> Size | None:
+def picture_size(data: bytes, settings: ImageProcessing) -> Size | None:
     """Tell which size `decode_image` gives a picture.
 
     Returns:
         None where only decoding tells.
     """
-    size = probe_image(source)
+    size = probe_image(data)
     return None if size is None else resized_size(size, settings)
 
 
@@ -34,7 +33,7 @@ def resized_size(size: Size, settings: ImageProcessing) -> Size:
     return size if longest <= settings.max_size else scaled_size(size, settings.max_size / longest)
 
 
-def clip_shape(source: bytes | Path, settings: VideoProcessing, min_frames: int) -> tuple[int, Size] | None:
+def clip_shape(data: bytes, settings: VideoProcessing, min_frames: int) -> tuple[int, Size] | None:
     """Tell how many frames of which size `decode_video` gives.
 
     Only where the number of frames is beyond doubt: containers count frames in more than one way, but where there are
@@ -43,8 +42,7 @@ def clip_shape(source: bytes | Path, settings: VideoProcessing, min_frames: int)
     Returns:
         None where only decoding tells.
     """
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
-        header = read_mp4_header(stream)
+    header = read_mp4_header(io.BytesIO(data))
     if header is None:
         return None
     available = num_available_frames(header.num_frames, header.seconds, settings.file_processing.max_duration)

@@ -26,10 +26,12 @@ class LengthChoice:
     Attributes:
         kind: "exact" or "estimate".
         calibrations: of the text of each source, for estimates.
+        checks: of the counts of each source, by shard.
     """
 
     kind: LengthKind
     calibrations: tuple[TextCalibration, ...] = ()
+    checks: tuple[tuple[int, ...], ...] | None = None
 
 
 def choose_lengths(
@@ -67,8 +69,9 @@ def choose_lengths(
     kind: LengthKind | None = before if setting == "auto" else setting
     if kind != "estimate":
         pairs = list(zip(sources, stores, strict=True))
-        if all(store.covers(source) for source, store in pairs):
-            return LengthChoice("exact")
+        checks = [store.checks(source) for source, store in pairs]
+        if None not in checks:
+            return LengthChoice("exact", checks=tuple(one for one in checks if one is not None))
         if setting == "exact" or (kind == "exact" and decides_order):
             counts = {source.name: store.num_uncounted(source) for source, store in pairs}
             listed = ", ".join(f"{name}: {count} samples are left" for name, count in counts.items() if count)
@@ -101,7 +104,14 @@ def open_lengths(
                     f"{source.name}: rank 0 sees token counts of all its shards, but this process does not; "
                     "data.index_dir must be the same directory on all nodes"
                 )
-        return ExactLengths(sources, stores, BatchKeys(family, config.video_processing))
+        return ExactLengths(
+            sources,
+            stores,
+            BatchKeys(family, config.video_processing),
+            choice.checks,
+            config.text_processing.max_length,
+            family.patches_per_token,
+        )
     prints = "/".join(store.fingerprint for store in stores)
     return ProcessorLengths(sources, choice.calibrations, counter, family, config, prints)
 

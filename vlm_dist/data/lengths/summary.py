@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_dist.data.lengths.token_store import Outcome, TokenStore
+from vlm_dist.data.lengths.token_store import LOST, Outcome, TokenStore
 from vlm_dist.data.types import Source
 
 _QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
@@ -25,6 +25,7 @@ class LengthSummary:
         num_cut: samples whose text is cut.
         num_too_long: samples that do not fit in their smallest form.
         num_unusable: samples that are left out for another reason.
+        num_lost: samples that timed out or ended their worker, so that their lengths are estimated.
     """
 
     num_samples: int
@@ -34,16 +35,15 @@ class LengthSummary:
     num_cut: int
     num_too_long: int
     num_unusable: int
+    num_lost: int
 
 
 def summarise(source: Source, store: TokenStore) -> LengthSummary:
     """Sum up the counts of a source."""
     tokens, outcomes = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.int8)]
     for state in store.scan(source):
-        counts = store.read(state.digest)
-        if counts is not None:
-            tokens.append(counts.tokens[state.within[state.counted]])
-            outcomes.append(counts.outcomes[state.within[state.counted]])
+        tokens.append(state.counts.tokens[state.counted])
+        outcomes.append(np.where(state.counts.tokens == LOST, Outcome.LOST, state.counts.outcomes)[state.counted])
     all_tokens, outcome = np.concatenate(tokens), np.concatenate(outcomes)
     usable = all_tokens[all_tokens > 0]
     quantiles = {"mean": round(float(usable.mean()))} if len(usable) else {}
@@ -57,4 +57,5 @@ def summarise(source: Source, store: TokenStore) -> LengthSummary:
         num_cut=number[Outcome.CUT],
         num_too_long=number[Outcome.TOO_LONG],
         num_unusable=number[Outcome.UNUSABLE],
+        num_lost=number[Outcome.LOST],
     )

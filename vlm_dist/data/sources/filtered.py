@@ -254,7 +254,7 @@ def _column_test(
         for place in np.flatnonzero(kept) if on_columns else ():
             try:
                 fields = reader.read(int(rows[place])).fields
-            except SkipSample:  # it could not be trained on anyway
+            except (SkipSample, RecursionError):  # it could not be trained on anyway
                 kept[place] = False
                 continue
             kept[place] = all(one.holds_for(fields.get(one.column)) for one in on_columns)

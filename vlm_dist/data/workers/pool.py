@@ -80,6 +80,8 @@ class WorkerPool:
         self._waiting: deque[Task] = deque()
         self._thread: threading.Thread | None = None
         self._woken, self._wake = os.pipe()
+        self._is_pipe_left = False  # to the thread, which closes it when it ends
+        self._has_ended = False  # the thread
         self._workers: list[Worker] = []  # of the thread alone
         self._num_early_deaths = 0
 
@@ -118,14 +120,21 @@ class WorkerPool:
             os.write(self._wake, b".")
         if self._thread is not None:
             self._thread.join(timeout=2 * END_SECONDS)
-        os.close(self._wake)
-        os.close(self._woken)
+        with self._lock:
+            # a thread that is still starting a worker looks at the pipe afterwards, which must not be another file then
+            self._is_pipe_left = self._thread is not None and not self._has_ended
+            if not self._is_pipe_left:
+                self._close_pipe()
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _close_pipe(self) -> None:
+        os.close(self._wake)
+        os.close(self._woken)
 
     def _make_here(self, job: MicroBatchJob) -> MicroBatch:
         if self._closed:
@@ -153,6 +162,10 @@ class WorkerPool:
             for worker in self._workers:
                 worker.end()
             self._workers = []
+            with self._lock:
+                self._has_ended = True
+                if self._is_pipe_left:
+                    self._close_pipe()
 
     def _fill_up(self, context: ForkServerContext, payload: bytes) -> None:
         """Part with workers that leave, and have as many others as there should be."""
@@ -160,7 +173,10 @@ class WorkerPool:
             self._workers.remove(worker)
             worker.end()
         serving = sum(not worker.is_leaving and worker.replaces is None for worker in self._workers)
-        self._workers += [start_worker(context, payload) for _ in range(self.num_workers - serving)]
+        for _ in range(self.num_workers - serving):
+            if self._closed:
+                return
+            self._workers.append(start_worker(context, payload))
 
     def _hand_out(self) -> None:
         for worker in self._workers:
