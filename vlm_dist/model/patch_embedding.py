@@ -12,39 +12,36 @@ from torch import Tensor, nn
 # Shapes: N inputs, C channels, S one side of the input (of 2 or 3), k one side of the kernel, D features
 
 
-class _PatchProduct(nn.Module):
-    """Takes the place of a convolution's own forward."""
-
-    weight: nn.Parameter  # [D, C, k, ...]
-    bias: nn.Parameter | None
-    kernel_size: tuple[int, ...]
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Embed patches: [N, C, S, ...] -> [N, D, S // k, ...]; what is left at the ends is dropped, as it was."""
-        sides, kernel = pixels.shape[2:], self.kernel_size
-        counts = [side // size for side, size in zip(sides, kernel, strict=True)]
-        num_sides = len(kernel)
-        if tuple(sides) == kernel:  # patches that come one by one, as Qwen's do
-            patches = pixels.flatten(1)
-        else:
-            for axis, (count, size) in enumerate(zip(counts, kernel, strict=True)):
-                pixels = pixels.narrow(2 + axis, 0, count * size)
-            split = [length for pair in zip(counts, kernel, strict=True) for length in pair]
-            blocks = pixels.reshape(*pixels.shape[:2], *split)
-            grid = [2 + 2 * axis for axis in range(num_sides)]
-            patches = blocks.permute(0, *grid, 1, *(place + 1 for place in grid)).flatten(1 + num_sides)
-        features = F.linear(patches, self.weight.flatten(1), self.bias)
-        if features.dim() == 2:
-            return features.reshape(*features.shape, *counts)
-        return features.movedim(-1, 1)
-
-
-class PatchConv2d(_PatchProduct, nn.Conv2d):
+class PatchConv2d(nn.Conv2d):
     """A Conv2d over patches of a picture."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed patches: [N, C, H, W] -> [N, D, H // k, W // k]; what is left at the ends is dropped, as it was."""
+        return _embed(input, self.weight, self.bias)
 
-class PatchConv3d(_PatchProduct, nn.Conv3d):
+
+class PatchConv3d(nn.Conv3d):
     """A Conv3d over patches of a clip."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed patches: [N, C, T, H, W] -> [N, D, T // k, H // k, W // k]."""
+        return _embed(input, self.weight, self.bias)
+
+
+def _embed(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Embed patches [N, C, S, ...] by a weight [D, C, k, ...]."""
+    sides, kernel = pixels.shape[2:], weight.shape[2:]
+    counts = [side // size for side, size in zip(sides, kernel, strict=True)]
+    if sides == kernel:  # patches that come one by one, as Qwen's do
+        features = F.linear(pixels.flatten(1), weight.flatten(1), bias)
+        return features.reshape(*features.shape, *counts)
+    for axis, (count, size) in enumerate(zip(counts, kernel, strict=True)):
+        pixels = pixels.narrow(2 + axis, 0, count * size)
+    split = [length for pair in zip(counts, kernel, strict=True) for length in pair]
+    blocks = pixels.reshape(*pixels.shape[:2], *split)
+    grid = [2 + 2 * axis for axis in range(len(kernel))]
+    patches = blocks.permute(0, *grid, 1, *(place + 1 for place in grid)).flatten(1 + len(kernel))
+    return F.linear(patches, weight.flatten(1), bias).movedim(-1, 1)
 
 
 def use_matrix_products(model: nn.Module) -> int:
