@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from tests.e2e.preloaded import Preloaded, preloaded
-from tests.tiny_run import SHAPE, TinyRun, write_configs
+from tests.e2e.media import CHINA, FLOWER
+from tests.e2e.preloaded import Preloaded
+from tests.tiny_run import TinyRun
 from vlm_dist.build import make_materialisers, make_processor, open_sources_alone
 from vlm_dist.config import load_run
 from vlm_dist.data.quarantine import read_quarantine
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, SampleRef
 from vlm_dist.demo.digits import encode_clip
-from vlm_dist.demo.tiny_model import save_tiny_qwen2_vl
 
 pytestmark = pytest.mark.e2e
-
-CHINA, FLOWER = (np.asarray(image) for image in load_sample_images().images)  # real photographs, 640 x 427
 
 
 def encoded(pixels: np.ndarray, image_format: str, **options: object) -> bytes:
@@ -67,16 +62,8 @@ CLIPS = [{"clip": "pan.mp4", "question": "What moves?", "answer": "The camera."}
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[Preloaded]:
-    with preloaded() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyRun]:
-    directory = tmp_path_factory.mktemp("build")
-    save_tiny_qwen2_vl(directory / "model", SHAPE, dtype=torch.float32)
-    write_configs(directory, torch.float32)
+def run(empty_run: TinyRun) -> TinyRun:
+    directory = empty_run.directory
     (directory / "media").mkdir()
     (directory / "media" / "china.jpg").write_bytes(encoded(CHINA, "JPEG", quality=85))
     (directory / "media" / "flower.webp").write_bytes(encoded(FLOWER, "WEBP"))
@@ -84,10 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyRun]:
     (directory / "media" / "pan.mp4").write_bytes(encode_clip(frames))
     for name, records in (("llava", LLAVA), ("openai", OPENAI), ("vqa", VQA), ("text", TEXT), ("clips", CLIPS)):
         (directory / f"{name}.json").write_text(json.dumps(records))
-    before = Path.cwd()
-    os.chdir(directory)
-    yield TinyRun(directory)
-    os.chdir(before)
+    return empty_run
 
 
 def write_run_file(run: TinyRun, name: str, printed: str) -> Path:

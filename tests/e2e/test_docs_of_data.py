@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -18,7 +17,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from tests.e2e.preloaded import Preloaded, preloaded
+from tests.e2e.preloaded import Preloaded
 from tests.tiny_run import ROOT, SHAPE, write_configs
 from vlm_dist.demo.digits import encode_clip
 from vlm_dist.demo.tiny_model import save_tiny_qwen2_vl
@@ -71,12 +70,6 @@ def write_inputs(directory: Path) -> None:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Preloaded]:
-    with preloaded() as started:
-        yield started
 
 
 def test_the_commands_of_the_page(tmp_path: Path, process: Preloaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,17 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.serving import serving
 from vlm_dist.distributed.group import free_port
 
 
@@ -38,20 +38,6 @@ class Faults:
     def whole(self) -> Counter[str]:
         """Requests by file that were not for a part in the middle."""
         return Counter(name for name, wanted in self.requests if wanted in ("", "bytes=0-"))
-
-
-@contextmanager
-def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *arguments: None  # type: ignore[method-assign] # clients may hang up
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,7 +104,7 @@ def faulty_server(folder: Path) -> Iterator[tuple[str, Faults]]:
     """A web server of a directory that does what its `Faults` say; yields its URL without a slash at the end."""
     faults = Faults()
     handler = type("Handler", (_Handler,), {"faults": faults, "folder": folder})
-    with _serving(handler) as address:
+    with serving(handler) as address:
         yield f"http://{address}", faults
 
 
@@ -164,7 +150,7 @@ def google_storage(folder: Path) -> Iterator[tuple[str, Faults]]:
             self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     Handler.faults = faults
-    with _serving(Handler) as address:
+    with serving(Handler) as address:
         yield f"http://{address}", faults
 
 

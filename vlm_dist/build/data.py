@@ -19,7 +19,7 @@ from vlm_dist.data.types import Layout, PackBudget, Source
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.distributed.patience import Work, long_work
 from vlm_dist.errors import ConfigError, ModelError
-from vlm_dist.families import Family, check_attention, family_for
+from vlm_dist.families import Family, check_attention, choose_family
 from vlm_dist.model import load_processor, load_rope_index
 from vlm_dist.trainer import Cadence
 
@@ -99,7 +99,7 @@ def make_processor(config: RunConfig) -> tuple[Any, Family]:
 
 
 def find_family(config: RunConfig, processor: str | None = None) -> Family:
-    """The model's row in the table of families; reads the model's config.json alone.
+    """The model's row in the table of families, or its own; reads the model's config.json alone.
 
     Args:
         config: of the run.
@@ -112,7 +112,9 @@ def find_family(config: RunConfig, processor: str | None = None) -> Family:
         facts, _ = PretrainedConfig.get_config_dict(config.model_id, revision=revision)
     except OSError as error:
         raise ModelError(f"{config.model_id}: its config.json cannot be read: {error}") from error
-    return family_for(facts.get("model_type", ""), processor or config.model_entry.processor_class)
+    entry = config.model_entry
+    where = f"model_classes.{config.model_id}"
+    return choose_family(entry.family, where, facts.get("model_type", ""), processor or entry.processor_class)
 
 
 def make_materialisers(

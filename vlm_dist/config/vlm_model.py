@@ -60,11 +60,12 @@ class ProcessorParams(Section, extra="allow"):
 class ModelClassEntry(Section):
     """Three lines that make a model known, and what this model alone wants to be loaded with."""
 
-    model_class: Name
-    processor_class: Name
-    import_path: Annotated[Name, AfterValidator(_check_module)]
+    model_class: Name | None = None  # null: the one that the checkpoint itself names
+    processor_class: Name | None = None
+    import_path: Annotated[Name, AfterValidator(_check_module)] = "transformers"
     loading_params: LoadingParams | None = None  # only the keys that are given override the common ones
     processor_params: ProcessorParams | None = None
+    family: Name | dict[Name, Any] | None = None  # a row of vlm_dist.families, or facts of one; None: by model_type
 
     @model_serializer(mode="wrap")
     def _only_what_is_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -85,8 +86,8 @@ class VlmModelConfig(Section):
     def entry(self, model_id: str) -> ModelClassEntry:
         """The classes of a model.
 
-        A local directory that is not in the table is known by the `architectures` of its config.json, if some entry
-        has that model class.
+        A local directory that is not in the table is known by the `architectures` of its config.json and by its
+        processor, if some entry has these classes.
 
         Raises:
             ConfigError: the model is unknown; the message has the lines to add.
@@ -102,10 +103,11 @@ class VlmModelConfig(Section):
         architecture = _architecture(directory)
         if architecture is None:
             raise ConfigError(f"{model_id} is not a model directory: no config.json with architectures in it")
-        for entry in self.model_classes.values():
-            if entry.model_class == architecture:
+        processor = _processor_class(directory)
+        for entry in self.model_classes.values():  # one model class may stand behind different processors
+            if entry.model_class == architecture and (processor or entry.processor_class) == entry.processor_class:
                 return entry
-        raise ConfigError(_missing_entry(model_id, architecture, _processor_class(directory) or "YourProcessorClass"))
+        raise ConfigError(_missing_entry(model_id, architecture, processor or "YourProcessorClass"))
 
     def loading_for(self, model_id: str) -> LoadingParams:
         """The common loading_params with this model's own on top."""

@@ -9,13 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from vlm_dist.data.error_budget import BAD_CLASSES, ErrorBudget, Overdrawn
 from vlm_dist.data.lookahead import Lookahead
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.types import NULL_CLASSES, MicroBatch, MicroBatchJob, NullSlot, Source, StepPlan
+from vlm_dist.data.types import NULL_CLASSES, MicroBatch, NullSlot, Source, StepPlan
 from vlm_dist.data.workers.pool import PoolClosedError, PoolJob, WorkerPool
 from vlm_dist.distributed.agreement import Pending, StepAgreement, Verdict
 from vlm_dist.errors import DataError, DistributedError
@@ -67,10 +66,6 @@ class _Fetched:
     micro_batches: list[MicroBatch]
     error: Exception | None
     vote: Pending
-
-
-class _Jobs(Protocol):
-    def submit(self, job: MicroBatchJob) -> PoolJob: ...
 
 
 class StepFeed:

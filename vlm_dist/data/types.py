@@ -54,7 +54,7 @@ class SampleOrigin:
 class RawSample:
     """Undecoded columns of one sample."""
 
-    fields: Mapping[str, Any]  # column -> bytes (media), str, number, path, or a list of them
+    fields: Mapping[str, Any]  # column -> bytes (media), str, number, or a list of them
     origin: SampleOrigin
 
 

@@ -40,7 +40,8 @@ def write_data_page(
         "## Speed, in samples per second",
         "",
         *_table(answers, speeds, "{:,.0f}"),
-        "Raw read, decode and the first two of the training batches: one process on one core. Against the peers:",
+        "Raw reads hand over the bytes of every member, unparsed; a first epoch is not counted. Raw read, decode and "
+        "the first two of the training batches: one process on one core. Against the peers:",
         "",
         *_ratios(report),
         "## Latency, in seconds",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -88,22 +89,23 @@ def _save_state(module: Any, task: Task) -> dict[str, Any]:
 
 
 def _raw(module: Any, task: Task) -> dict[str, Any]:
-    """Whole epochs, each from its first sample on, until the time is over; from memory, not from a disk."""
+    """Whole epochs until the time is over, from memory, not from a disk.
+
+    The first epoch is not counted: a young process gets its memory from the system page by page, indexes are opened,
+    and shuffle buffers are filled.
+    """
     _warm(task.folder / module.FORM)
+    sizes = module.raw(task)
+    for _ in itertools.islice(sizes, task.num_samples):
+        pass
     num_samples = num_bytes = 0
-    seconds = cpu_seconds = 0.0
-    while seconds < task.seconds:
-        sizes = module.raw(task)
-        next(sizes)
-        started, cpu = time.perf_counter(), time.process_time()
-        for size in sizes:
-            num_samples += 1
-            num_bytes += size
-        seconds += time.perf_counter() - started
-        cpu_seconds += time.process_time() - cpu
+    started, cpu = time.perf_counter(), time.process_time()
+    while (seconds := time.perf_counter() - started) < task.seconds:
+        num_bytes += sum(itertools.islice(sizes, task.num_samples))
+        num_samples += task.num_samples
     return {
         "rate": num_samples / seconds,
-        "cpu_seconds": cpu_seconds / num_samples,
+        "cpu_seconds": (time.process_time() - cpu) / num_samples,
         "bytes": num_bytes / num_samples,
     }
 

@@ -53,7 +53,10 @@ class Loader(Protocol):
         """Convert the shards into the loader's own best form; once per set."""
 
     def raw(self, task: Task) -> Iterator[int]:
-        """Read one epoch in training order; gives the bytes of each sample's members."""
+        """Read epoch after epoch, every member as bytes, nothing parsed; gives the size of each sample's members.
+
+        In training order, unless the loader is faster in another.
+        """
 
     def decoded(self, task: Task) -> Iterator[Any]:
         """Read, decode and resize to a square of `DECODED_SIDE`, one epoch or more."""

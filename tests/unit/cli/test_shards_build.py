@@ -6,40 +6,29 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
 
+from tests.serving import QuietHandler, serving
 from tests.unit.data.building import contents, picture, write_lines
 from vlm_dist.cli import main
 from vlm_dist.cli.shards_build import parse_size
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(QuietHandler):
     go_on = threading.Event()
 
-    def do_GET(self):
+    def get(self):
         if self.path == "/7.jpg":
             self.go_on.wait(20)
-        data = picture(int(self.path[1:-4]))
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
+        self.answer(picture(int(self.path[1:-4])))
 
 
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as listening:
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
-        thread.join()
+    with serving(Server) as place:
+        yield f"http://{place}"
 
 
 def test_stopped_and_resumed(tmp_path, server, capsys):

@@ -3,21 +3,21 @@
 import base64
 import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
 
+from tests.serving import QuietHandler, serving
 from tests.unit.data.building import build, contents, picture, rows, write_lines
 from vlm_dist.data.shards.build.bad_records import BadRecord
 from vlm_dist.data.shards.build.fetch import Fetcher, shown_url
 from vlm_dist.errors import DataError
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(QuietHandler):
     asked: ClassVar[Counter] = Counter()
 
-    def do_GET(self):
+    def get(self):
         path = self.path.split("?")[0]
         self.asked[path] += 1
         if path.startswith("/gone"):
@@ -39,25 +39,12 @@ class Server(BaseHTTPRequestHandler):
         else:
             self.answer(picture(0))
 
-    def answer(self, data, length=None):
-        self.send_response(200)
-        self.send_header("Content-Length", str(length or len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
-
 
 @pytest.fixture
 def server():
     Server.asked = Counter()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as listening:
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
-        thread.join()
+    with serving(Server) as place:
+        yield f"http://{place}"
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Tar sources: any row, from any process, and clear words when the data is not there."""
 
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -55,6 +56,17 @@ def test_rows_are_read(shards):
     assert str(sample.origin) == "data/train-000002.tar:s9"
     with pytest.raises(IndexError):
         open_source(tar(shards)).read(10)
+
+
+def test_members_can_be_had_as_they_are_stored(shards):
+    source = open_source(tar(shards, columns={"query": "question"}))
+    assert json.loads(source.read_members(9)["json"]) == {"question": "q9", "answer": "a" * 90}
+    source.keep_columns(["image"])
+    assert source.read_members(9) == {"png": png((37, 28))}
+    shard = shards / "train-000002.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"s9.png", b"s8.png"))
+    with pytest.raises(DataError, match=r"train-000002\.tar.*not at the place"):
+        source.read_members(9)
 
 
 def test_columns_are_renamed(shards):

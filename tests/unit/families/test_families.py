@@ -7,7 +7,7 @@ from tests.unit.families.zoo import CHECKPOINTS
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
 from vlm_dist.errors import ConfigError
-from vlm_dist.families import FAMILIES, GENERIC, family_for
+from vlm_dist.families import FAMILIES, GENERIC, choose_family, family_for
 
 ROWS = [
     {"image": jpeg(60, 40), "question": "What is it?", "answer": "noise"},
@@ -97,3 +97,28 @@ def test_long_texts_are_cut_behind_the_image(name):
 def test_a_family_without_videos_says_so():
     with pytest.raises(ConfigError, match="family llava take no videos"):
         materialiser("llava", config={"data_processing": {"image_data": False, "video_data": True}})
+
+
+def test_a_model_of_ones_own_names_the_family_that_it_is_like():
+    like = choose_family("llava_next", "here", "my_model", "MyProcessor")
+    assert like is family_for("llava_next")
+    own = choose_family({"like": "llava", "image_tokens": ["<img>"], "packing": None}, "here", "my_model", "MyProcessor")
+    assert own.image_tokens == ("<img>",) and own.packing is None
+    assert own.fallback_template == family_for("llava").fallback_template
+    by_type = choose_family({"min_frames": 4}, "here", "qwen3_vl", "Qwen3VLProcessor")
+    assert (by_type.min_frames, by_type.packing) == (4, "mrope")
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ("lava", "there is no family 'lava'; did you mean 'llava'"),
+        ({"like": "lava"}, "did you mean 'llava'"),
+        ({"image_token": "<img>"}, "no 'image_token'; did you mean 'image_tokens'"),
+        ({"packing": "always"}, "family.packing: got 'always'"),
+        ({"name": "mine"}, "no 'name'"),
+    ],
+)
+def test_what_a_family_cannot_be_is_told(own, said):
+    with pytest.raises(ConfigError, match=said):
+        choose_family(own, "model_classes.me", "my_model", "MyProcessor")

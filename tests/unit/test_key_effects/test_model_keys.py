@@ -12,6 +12,7 @@ import torch
 
 from tests.unit.test_key_effects.conftest import Project
 from tests.unit.test_key_effects.registry import shows
+from vlm_dist.build import find_family
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.model import load_model
 
@@ -47,6 +48,16 @@ def test_classes_are_those_of_the_entry(project: Project) -> None:
         load(project, entry(model_class="LlavaForConditionalGeneration"))
     assert type(project.processor(entry())).__name__ == "Qwen2VLProcessor"
     assert type(project.processor(entry(processor_class="Qwen2Tokenizer"))).__name__.startswith("Qwen2Tokenizer")
+
+
+@shows("model.model_classes.*.family")
+def test_what_the_data_side_knows_of_a_model_can_be_told(project: Project) -> None:
+    assert find_family(project.config(entry())).name == "qwen2_vl"
+    assert find_family(project.config(entry(family="llava"))).name == "llava"
+    own = find_family(project.config(entry(family={"min_frames": 4})))
+    assert (own.min_frames, own.packing) == (4, "mrope")
+    with pytest.raises(ConfigError, match=r"model_classes\..*\.family: there is no family 'lava'; did you mean 'llava'"):
+        find_family(project.config(entry(family="lava")))
 
 
 @shows("model.model_classes.*.import_path")

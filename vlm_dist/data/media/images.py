@@ -12,7 +12,6 @@ import os
 import struct
 import warnings
 import zlib
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -64,7 +63,7 @@ if "PILLOW_BLOCKS_MAX" not in os.environ:
 
 
 def decode_image(
-    source: bytes | Path,
+    data: bytes,
     *,
     convert_to_rgb: bool = True,
     resize_mode: ResizeMode = "keep_aspect",
@@ -75,7 +74,7 @@ def decode_image(
     The format is told by the content, whatever the name says. Of an animation the first frame is taken.
 
     Args:
-        source: an encoded picture, or the file that holds one.
+        data: an encoded picture.
         convert_to_rgb: False leaves the colour mode to the model's processor, and the picture to Pillow.
         resize_mode: how `max_size` is kept; see `resize_image`.
         max_size: longest side in pixels; None keeps the size.
@@ -87,7 +86,6 @@ def decode_image(
         SkipSample: ("decode") it cannot be decoded, is cut, or has more than `MAX_IMAGE_PIXELS`.
     """
     try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
         with warnings.catch_warnings():
             # Pillow warns of large pictures and of odd EXIF, torch of memory that it must not write to; we decide below
             warnings.simplefilter("ignore")

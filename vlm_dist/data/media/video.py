@@ -64,7 +64,7 @@ def sample_indices(num_available: int, num_frames: int) -> list[int]:
 
 
 def decode_video(
-    source: bytes | Path,
+    data: bytes,
     *,
     num_frames: int,
     max_duration: float | None = None,
@@ -80,7 +80,7 @@ def decode_video(
     first so many seconds are looked at.
 
     Args:
-        source: an encoded video, or the file that holds one.
+        data: an encoded video.
         num_frames: how many frames.
         max_duration: seconds; None: no limit.
         libraries: that read it, see `video_readers`; the next is tried where one cannot open the video.
@@ -91,7 +91,7 @@ def decode_video(
             wanted.
         DataError: a library is not installed.
     """
-    with _as_path(source) as path:
+    with _as_path(data) as path:
         reader = open_reader(path, libraries, rgb=convert_to_rgb)
         try:
             if reader.num_frames < 1:
@@ -156,15 +156,12 @@ def _in_a_line(error: Exception) -> str:
 
 
 @contextmanager
-def _as_path(source: bytes | Path) -> Iterator[str]:
+def _as_path(data: bytes) -> Iterator[str]:
     """Give libraries a path: decord dies of a truncated mp4 read through a Python object, through a file it raises."""
-    if not isinstance(source, bytes):
-        yield str(source)
-        return
     descriptor = os.memfd_create("vlm-dist-video")
     try:
         with os.fdopen(os.dup(descriptor), "wb") as target:
-            target.write(source)
+            target.write(data)
         yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)

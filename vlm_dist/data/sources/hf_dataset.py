@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from vlm_dist.config.masking import masked
 from vlm_dist.data.sources.columns import SourceSettings, setting
 from vlm_dist.errors import DataError
 
@@ -39,8 +40,8 @@ def load_rows(name: str, settings: SourceSettings, streaming: bool = False) -> A
         return _choose_split(name, loaded, split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name}: cannot load the data set {path or setting(settings, 'name')!r}: {error}. Check its name and, "
-            "for a gated one, your login; on a machine without network give a local directory as path"
+            f"{name}: cannot load the data set {path or setting(settings, 'name')!r}: {masked(str(error))}. Check its "
+            "name and, for a gated one, your login; on a machine without network give a local directory as path"
         ) from error
 
 

@@ -19,7 +19,7 @@ from vlm_dist.data.index.members import media_columns
 from vlm_dist.data.index.shard_index import TAR_BLOCK_BYTES, ShardIndex
 from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, setting, source_name
 from vlm_dist.data.sources.rows import Rows, limited_sizes
-from vlm_dist.data.sources.tar_layout import TarLayout, is_header_of
+from vlm_dist.data.sources.tar_layout import FIRST_PLACE, TarLayout, is_header_of
 from vlm_dist.data.storage.recent import Recent
 from vlm_dist.data.storage.shard_storage import CacheSettings, ShardStorage, open_storage
 from vlm_dist.data.types import RawSample, SampleOrigin
@@ -142,34 +142,57 @@ class TarSource(Rows):
             SkipSample: if its JSON or text is damaged.
             DataError: if the shard is missing, cut, or not the one that was indexed.
         """
-        shard, row = self._find(index)
-        layout = self._layouts.get(shard, self._make_layout)
-        key_start, key_stop, start, stop, is_one, *places = layout.rows[row].tolist()
-        key = layout.keys[key_start:key_stop]
+        shard, layout, key, places = self._place(index)
         origin = SampleOrigin(self.name, self._storage.name(shard), key.decode())
-        data = self._storage.read(shard, start, stop - start) if is_one and start < stop else b""
+        fields: dict[str, Any] = self._read_members(shard, layout, key, places)
         document: dict[str, Any] | None = None
-        fields: dict[str, Any] = {}
-        for (member, kind, ending), offset, size in zip(layout.members, places[::2], places[1::2], strict=True):
+        for member, kind in layout.parsed:
+            if member in fields:
+                value = _decode(origin, member, kind, fields[member])
+                if member == "json" and type(value) is dict:
+                    document = value
+                    del fields[member]
+                else:
+                    fields[member] = value
+        if document is not None:
+            fields = {**document, **fields}
+        return RawSample(self._columns.apply(fields), origin)
+
+    def read_members(self, index: int) -> dict[str, bytes]:
+        """Read one sample's members as they are stored: own extension -> bytes; none is parsed or renamed.
+
+        Raises:
+            DataError: if the shard is missing, cut, or not the one that was indexed.
+        """
+        return self._read_members(*self._place(index))
+
+    def _read_members(self, shard: int, layout: TarLayout, key: bytes, places: list[int]) -> dict[str, bytes]:
+        start, stop, is_one = places[2:5]
+        data = self._storage.read(shard, start, stop - start) if is_one and start < stop else b""
+        found: dict[str, bytes] = {}
+        at = FIRST_PLACE
+        for member, ending in layout.members:
+            offset, size = places[at], places[at + 1]
+            at += 2
             if offset < 0:
                 continue
-            place = offset - start
-            if not is_one:
+            if is_one:
+                place = offset - start
+            else:
                 place = TAR_BLOCK_BYTES
                 data = self._storage.read(shard, offset - place, place + size)
             # with the header before it: a shard that was replaced since it was indexed must not give other data
             if not is_header_of(data, place - TAR_BLOCK_BYTES, key + ending, size):
                 raise self._not_there(shard, (key + ending).decode())
-            value: Any = data[place : place + size]
-            if kind not in _BINARY:
-                value = _decode(origin, member, kind, value)
-                if member == "json" and type(value) is dict:
-                    document = value
-                    continue
-            fields[member] = value
-        if document is not None:
-            fields = {**document, **fields}
-        return RawSample(self._columns.apply(fields), origin)
+            found[member] = data[place : place + size]
+        return found
+
+    def _place(self, index: int) -> tuple[int, TarLayout, bytes, list[int]]:
+        """Find a sample: its shard, the shard's layout, the sample's key and its row of the layout."""
+        shard, row = self._find(index)
+        layout = self._layouts.get(shard, self._make_layout)
+        places = layout.rows[row].tolist()
+        return shard, layout, layout.keys[places[0] : places[1]], places
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self._num_rows:
@@ -210,9 +233,6 @@ class TarSource(Rows):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-
-
-_BINARY = frozenset(("image", "video", "binary"))
 
 
 def _decode(origin: SampleOrigin, member: str, kind: str, data: bytes) -> Any:

@@ -11,10 +11,12 @@ from vlm_dist.data.index.facts import member_kind
 from vlm_dist.data.index.shard_index import TAR_BLOCK_BYTES, ShardIndex
 
 _ABSENT = -1
+_BINARY = frozenset(("image", "video", "binary"))
 _FAR = np.iinfo(np.int64).max
 _MAX_GAP_BYTES = 64 * 1024  # what is read although nobody wants it: cheaper than another read
 _NAME_BYTES = 100
 _SIZE_FIELD = slice(124, 136)
+FIRST_PLACE = 5  # column of `rows`
 
 
 class TarLayout:
@@ -25,18 +27,20 @@ class TarLayout:
         is_kept: whether a member has to be read.
 
     Attributes:
-        members: the kept members: (extension, kind, what follows the key in the member's name).
+        members: the kept members: (extension, what follows the key in the member's name).
+        parsed: those of them that are not just bytes: (extension, kind).
         rows: [N, 5 + 2 x members] int64: where the key starts and stops in `keys`, where the sample starts and stops
             in the shard (with its headers), whether one read serves all of it, then offset and size of each member in
             bytes, -1 where the sample lacks it.
         keys: all keys, one after the other, as UTF-8.
     """
 
-    __slots__ = ("keys", "members", "rows")
+    __slots__ = ("keys", "members", "parsed", "rows")
 
     def __init__(self, index: ShardIndex, is_kept: Callable[[str], bool]) -> None:
         names = [name for name in index.offsets if is_kept(name)]
-        self.members = [(name, member_kind(name), f".{name}".encode()) for name in names]
+        self.members = [(name, f".{name}".encode()) for name in names]
+        self.parsed = [(name, kind) for name in names if (kind := member_kind(name)) not in _BINARY]
         count = len(index)
         self.keys, key_ends = _key_bytes(index)
         offsets = np.empty((count, len(names)), dtype=np.int64)
@@ -48,10 +52,10 @@ class TarLayout:
         starts = np.where(has, offsets - TAR_BLOCK_BYTES, _FAR).min(axis=1, initial=_FAR)
         stops = np.where(has, offsets + sizes, 0).max(axis=1, initial=0)
         is_one = stops - starts - blocks <= _MAX_GAP_BYTES
-        self.rows = np.empty((count, 5 + 2 * len(names)), dtype=np.int64)
+        self.rows = np.empty((count, FIRST_PLACE + 2 * len(names)), dtype=np.int64)
         self.rows[:, 0], self.rows[:, 1] = key_ends[:-1], key_ends[1:]
         self.rows[:, 2], self.rows[:, 3], self.rows[:, 4] = starts, stops, is_one
-        self.rows[:, 5::2], self.rows[:, 6::2] = offsets, sizes
+        self.rows[:, FIRST_PLACE::2], self.rows[:, FIRST_PLACE + 1 :: 2] = offsets, sizes
 
     def spans(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where samples lie: [len(rows), 2], start and stop in bytes."""

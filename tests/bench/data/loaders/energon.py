@@ -92,9 +92,8 @@ def prepare(task: Task) -> None:
 
 
 def raw(task: Task) -> Iterator[int]:
-    """One epoch of members as bytes."""
-    dataset = _dataset(task, _Raw(), batch_size=None, repeat=False)
-    for sample in get_savable_loader(dataset):
+    """Members as bytes."""
+    for sample in get_savable_loader(_dataset(task, _Raw(), batch_size=None)):
         yield len(sample.image) + len(sample.text)
 
 
@@ -123,7 +122,7 @@ def save_state(task: Task) -> None:
     torch.save(loader.save_state_rank(), _state(task))
 
 
-def _dataset(task: Task, encoder: Any, batch_size: int | None, repeat: bool = True) -> Any:
+def _dataset(task: Task, encoder: Any, batch_size: int | None) -> Any:
     return get_train_dataset(
         str(_folder(task)),
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=task.num_workers),
@@ -131,7 +130,6 @@ def _dataset(task: Task, encoder: Any, batch_size: int | None, repeat: bool = Tr
         shuffle_buffer_size=100,
         max_samples_per_sequence=100,
         task_encoder=encoder,
-        repeat=repeat,
     )
 
 

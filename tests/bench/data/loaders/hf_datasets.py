@@ -51,9 +51,11 @@ def prepare(task: Task) -> None:
 
 
 def raw(task: Task) -> Iterator[int]:
-    """One epoch of columns as bytes."""
-    for sample in _shuffled(task, decode=False):
-        yield len(sample["jpg"]["bytes"]) + len(sample["json"])
+    """Columns as bytes."""
+    dataset = _shuffled(task, decode=False)
+    while True:
+        for sample in dataset:
+            yield len(sample["jpg"]["bytes"]) + len(sample["json"])
 
 
 def decoded(task: Task) -> Iterator[Any]:

@@ -17,8 +17,10 @@ from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.media.images import decode_image
 from vlm_dist.data.plan.plan import Plan, PlanSettings
-from vlm_dist.data.sources import open_source, tar  # noqa: F401 - imported when the first source is opened
+from vlm_dist.data.sources import open_source
+from vlm_dist.data.sources.tar import TarSource
 from vlm_dist.data.types import Source
+from vlm_dist.data.workers.allocator import keep_freed_memory
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.families import family_for
@@ -27,8 +29,8 @@ torch.set_num_threads(1)
 
 SETTINGS = (
     f"tar shards with their indexes; `Plan` in mode `padding`, {GLOBAL_BATCH_SIZE} samples a step, micro-batches of "
-    f"{BATCH_SIZE}, windows of 64 steps; `TarSource.read`; `decode_image`; `Materialiser` through `WorkerPool`, with "
-    "workers through `StepFeed`"
+    f"{BATCH_SIZE}, windows of 64 steps; `TarSource.read` (raw: `read_members`); `decode_image`; `Materialiser` "
+    "through `WorkerPool`, with workers through `StepFeed`"
 )
 FORM = "tar"  # folder of what it reads
 RESUME = "`Plan.step(k)`: nothing is replayed"
@@ -46,11 +48,13 @@ def prepare(task: Task) -> None:
 
 
 def raw(task: Task) -> Iterator[int]:
-    """One epoch of columns in the plan's order; the JSON member is parsed, the peers' is not."""
+    """Members as bytes, in the plan's order."""
     source = _open(task)
-    for ref in _refs(_plan(task, source, num_epochs=1.0)):
-        fields = source.read(ref.index).fields
-        yield len(fields["jpg"]) + len(fields["question"]) + len(fields["answer"])
+    assert isinstance(source, TarSource)
+    keep_freed_memory()  # as WorkerPool does in every process that makes micro-batches
+    for ref in _refs(_plan(task, source)):
+        sample = source.read_members(ref.index)
+        yield len(sample["jpg"]) + len(sample["json"])
 
 
 def decoded(task: Task) -> Iterator[Any]:
@@ -92,8 +96,8 @@ def _open(task: Task, **columns: str) -> Source:
     return open_source(_Settings(str(task.folder / "tar"), columns=columns or None))
 
 
-def _plan(task: Task, source: Source, num_epochs: float = 1000.0) -> Plan:
-    return Plan([source], [1.0], PlanSettings(GLOBAL_BATCH_SIZE, BATCH_SIZE, seed=SEED, num_epochs=num_epochs))
+def _plan(task: Task, source: Source) -> Plan:
+    return Plan([source], [1.0], PlanSettings(GLOBAL_BATCH_SIZE, BATCH_SIZE, seed=SEED, num_epochs=1000.0))
 
 
 def _refs(plan: Plan) -> Iterator[Any]:

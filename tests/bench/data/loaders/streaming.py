@@ -48,9 +48,11 @@ def prepare(task: Task) -> None:
 
 
 def raw(task: Task) -> Iterator[int]:
-    """One epoch of columns as bytes."""
-    for sample in _open(StreamingDataset, task):
-        yield len(sample["jpg"]) + len(sample["json"])
+    """Columns as bytes."""
+    dataset = _open(StreamingDataset, task)
+    while True:
+        for sample in dataset:
+            yield len(sample["jpg"]) + len(sample["json"])
 
 
 def decoded(task: Task) -> Iterator[Any]:
