@@ -102,7 +102,8 @@ def test_a_family_without_videos_says_so():
 def test_a_model_of_ones_own_names_the_family_that_it_is_like():
     like = choose_family("llava_next", "here", "my_model", "MyProcessor")
     assert like is family_for("llava_next")
-    own = choose_family({"like": "llava", "image_tokens": ["<img>"], "packing": None}, "here", "my_model", "MyProcessor")
+    facts = {"like": "llava", "image_tokens": ["<img>"], "packing": None}
+    own = choose_family(facts, "here", "my_model", "MyProcessor")
     assert own.image_tokens == ("<img>",) and own.packing is None
     assert own.fallback_template == family_for("llava").fallback_template
     by_type = choose_family({"min_frames": 4}, "here", "qwen3_vl", "Qwen3VLProcessor")

@@ -56,7 +56,7 @@ def test_what_the_data_side_knows_of_a_model_can_be_told(project: Project) -> No
     assert find_family(project.config(entry(family="llava"))).name == "llava"
     own = find_family(project.config(entry(family={"min_frames": 4})))
     assert (own.min_frames, own.packing) == (4, "mrope")
-    with pytest.raises(ConfigError, match=r"model_classes\..*\.family: there is no family 'lava'; did you mean 'llava'"):
+    with pytest.raises(ConfigError, match=r"\.family: there is no family 'lava'; did you mean 'llava'"):
         find_family(project.config(entry(family="lava")))
 
 
