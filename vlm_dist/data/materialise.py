@@ -27,6 +27,7 @@ from vlm_dist.data.encoding.preconditions import (
     check_columns,
     check_family,
     check_labels,
+    check_messages,
     choose_kinds,
     choose_pad_token,
     choose_video_libraries,
@@ -116,6 +117,7 @@ class Materialiser:
         check_labels(collator_config, family)
         self._video_libraries = choose_video_libraries(collator_config)
         self._renderer = Renderer(processor, family)
+        check_messages(self._renderer, self._builder)
         self._encoder = Encoder(processor, family)
         if collator_config.label_masking.mask_input_tokens and not self._encoder.finds_answers:
             raise ModelError(

@@ -30,6 +30,22 @@ ROUNDING = 5e-6
 #: A budget that no micro-batch here exceeds.
 _ROOM = PackBudget(max_tokens=4096)
 
+#: In the words of the guide.
+_OWN_FORMAT = {
+    "system_prompt": "Be brief.",
+    "training_messages": [
+        {"role": "system", "content": [{"type": "text", "text": "{system_prompt}"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"type": "text", "text": "Context: {context_column}\nQuestion: {question_column}"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "{answer_column}"}]},
+    ],
+}
+
 Cell = Callable[[Subject], str]
 
 
@@ -122,6 +138,20 @@ def labels(subject: Subject) -> str:
         if not ROWS[name]["image"]:
             assert bool(carries_loss[1 : batch.num_tokens].all())  # nothing comes before the first to tell it from
         assert not carries_loss[batch.num_tokens :].any()
+    return "yes"
+
+
+def message_format(subject: Subject) -> str:
+    """A format of the user's own, through the template: a system prompt in its own turn, a context."""
+    make = subject.materialiser(message_format=_OWN_FORMAT, label_masking={"mask_input_tokens": True})
+    batch = _same_as_alone(subject, make, "told", "told more")
+    for row, name in enumerate(("told", "told more")):
+        columns = ROWS[name]
+        text = subject.processor.tokenizer.decode(batch.inputs["input_ids"][row])
+        order = ["Be brief.", "Context:", columns["context"], columns["question"], columns["answer"]]
+        places = [text.find(part) for part in order]
+        assert -1 not in places and places == sorted(places), (text, places)
+        _is_said(subject.answers(batch)[row], [columns["answer"]])
     return "yes"
 
 
@@ -268,6 +298,7 @@ CELLS: dict[str, Cell] = {
     "multi-turn": multi_turn,
     "video": video,
     "image + video": image_and_video,
+    "message format": message_format,
     "assistant masks": labels,
     "truncation": truncation,
     "exact lengths": lengths,

@@ -37,6 +37,8 @@ ROWS: dict[str, Any] = {
     "text2": {"image": None, "question": "Short?", "answer": "yes"},
     "three": {"image": [_TALL, _WIDE, _SMALL], "question": "How many?", "answer": "three"},
     "long": {"image": _WIDE, "question": "Why? " * 10, "answer": "because " * 60},
+    "told": {"image": _WIDE, "context": "A test.", "question": "What is tested?", "answer": "messages"},
+    "told more": {"image": _TALL, "context": "Another one.", "question": "What else?", "answer": "their order"},
     "damaged": None,
     "clip": {"video": _SHORT_CLIP, "question": "What moves?", "answer": "grey"},
     "clip2": {"video": _LONG_CLIP, "question": "What else moves, and where?", "answer": "more grey"},
@@ -82,8 +84,9 @@ class Subject:
             columns |= {"messages_column": "messages"}
             source = MemorySource(list(TALKS.values()), names=("image", "video", "messages"))
         else:
-            columns |= {"question_column": "question", "answer_column": "answer"}
-            source = MemorySource(list(ROWS.values()))
+            columns |= {"question_column": "question", "answer_column": "answer", "context_column": "context"}
+            names = ("image", "video", "question", "answer", "context")
+            source = MemorySource(list(ROWS.values()), names=names)
         sections["dataset_columns"] = columns
         rope = load_rope_index(str(self.directory)) if packing and self.family.packing == "mrope" else None
         return Materialiser(

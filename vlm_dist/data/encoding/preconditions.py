@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
+from vlm_dist.data.encoding.labels import Renderer
 from vlm_dist.data.encoding.template import MessageBuilder
 from vlm_dist.data.media.video_readers import describe, libraries_for
 from vlm_dist.data.types import Source
-from vlm_dist.errors import ConfigError, ModelError
+from vlm_dist.errors import ConfigError, ModelError, SkipSample
 from vlm_dist.families import Family
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,25 @@ def check_labels(config: VlmCollatorConfig, family: Family) -> None:
             f"label_masking.mask_image_token is false, but models of the family {family.name} have negative ids in the "
             "place of images, which cannot be learned; set it to true"
         )
+
+
+def check_messages(renderer: Renderer, builder: MessageBuilder) -> None:
+    """Check that the chat template takes the messages as they are configured.
+
+    Raises:
+        ConfigError: it refuses them, so it would refuse every sample.
+    """
+    from jinja2 import TemplateError
+
+    messages = builder.build(builder.empty_fields()).messages
+    try:
+        renderer.render(messages)
+    except (TemplateError, SkipSample) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        reason = error.message if isinstance(error, SkipSample) else str(error)
+        raise ConfigError(
+            f"the model's chat template refuses message_format.training_messages (roles: {roles}): {reason}"
+        ) from error
 
 
 def choose_video_libraries(config: VlmCollatorConfig) -> tuple[str, ...]:
