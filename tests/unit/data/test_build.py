@@ -145,7 +145,7 @@ def test_bad_records_are_told_all_at_once_before_anything_is_written(tmp_path):
     path = write_bad(tmp_path)
     with pytest.raises(DataError, match="4 of 12 records cannot be used") as caught:
         build(path, tmp_path / "out")
-    for said in ("1 x missing_media", "1 x outside", "1 x malformed", "1 x bad_media", "record 4", "--skip-bad"):
+    for said in ("1 x missing_media", "1 x outside", "1 x malformed", "1 x bad_media", "vqa.jsonl:4: ", "--skip-bad"):
         assert said in str(caught.value)
     assert not list((tmp_path / "out").glob("*.tar"))
 
@@ -168,7 +168,7 @@ def test_a_picture_that_breaks_off_is_found_by_decoding(tmp_path):
     (tmp_path / "1.jpg").write_bytes(whole[: len(whole) - 30])
     path = write_lines(tmp_path / "vqa.jsonl", vqa(2))
     assert build(path, tmp_path / "a").num_samples == 2
-    with pytest.raises(DataError, match=r"record 2: 1\.jpg.*--resume"):
+    with pytest.raises(DataError, match=r"vqa\.jsonl:2: 1\.jpg.*--resume"):
         build(path, tmp_path / "b", verify_images=True)
 
 

@@ -149,7 +149,7 @@ def test_a_missing_file_is_brought_and_the_build_goes_on(tmp_path):
     """Bad media stop a build where they are; once the file is whole, it goes on, and so it does with skip_bad."""
     path = write_many(tmp_path)
     (tmp_path / "7.jpg").write_bytes(b"half a picture")
-    with pytest.raises(DataError, match=r"record 8: 7\.jpg.*--resume"):
+    with pytest.raises(DataError, match=r"jsonl:8: 7\.jpg.*--resume"):
         build(path, tmp_path / "out", max_samples=3)
     shutil.copytree(tmp_path / "out", tmp_path / "other")
     assert build(path, tmp_path / "other", max_samples=3, resume=True, skip_bad=True).num_samples == 11

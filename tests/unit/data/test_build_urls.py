@@ -95,7 +95,7 @@ def test_a_build_from_urls(tmp_path, server):
 def test_bad_urls_stop_a_build_or_are_left_out(tmp_path, server):
     urls = [f"{server}/0.jpg", f"{server}/gone.jpg", f"{server}/page.jpg", "file:///etc/hostname.jpg"]
     path = write_lines(tmp_path / "in.jsonl", [{"image": url, "question": "q", "answer": "a"} for url in urls])
-    with pytest.raises(DataError, match=r"record 2: .*404.*--resume"):
+    with pytest.raises(DataError, match=r"in\.jsonl:2: .*404.*--resume"):
         build(path, tmp_path / "a")
     summary = build(path, tmp_path / "b", skip_bad=True)
     assert summary.num_samples == 1

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from vlm_dist.data.lengths.estimate import estimate_num_tokens
+from vlm_dist.data.media.images import decode_image
+from vlm_dist.data.media.video import decode_video
 from vlm_dist.data.sources import open_source
 from vlm_dist.errors import DataError, SkipSample
 
@@ -51,7 +53,11 @@ def test_lines_and_lists_give_the_same_rows(tmp_path, media, form):
     assert set(source.columns) == {"image_path", "query", "response", "id"}
     assert source.read(0).fields == {**ROWS[0], "image_path": (media / "large.png").read_bytes()}
     assert source.read(1).fields["id"] == 7
-    assert str(source.origin(1)) == f"rows/{path.name}:1"
+    # where a person finds it: the line in the file, or the number of the record in a list
+    place = {"blank lines": "4", "list": "record 2", "pretty list": "record 2"}.get(form, "2")
+    assert str(source.origin(1)) == f"rows/{path.name}:{place}"
+    again = open_source(settings, tmp_path / "index")  # from the index
+    assert [again.origin(row) for row in (0, 1)] == [source.origin(row) for row in (0, 1)]
     lengths = estimate_num_tokens(source.facts(np.array([0, 1])))
     assert lengths[0] > 100 > lengths[1]
 
@@ -86,8 +92,30 @@ def test_changed_content_changes_the_hash_and_is_indexed_again(tmp_path, media):
 def test_nothing_outside_media_root_is_read(tmp_path, media, path):
     (media / "link.png").symlink_to(tmp_path / "secret.png")
     settings = jsonl(tmp_path / "rows.jsonl", [{"image": path.format(root=tmp_path)}], media_root=media)
-    with pytest.raises(DataError, match="leads out of media_root"):
+    with pytest.raises(DataError, match=r"all 1 media files are out of reach.*leads out of media_root.*rows.jsonl:1"):
         open_source(settings, tmp_path / "index")
+
+
+def test_one_path_that_leads_out_costs_its_sample_alone_and_is_named(tmp_path, media, caplog):
+    rows = [ROWS[0], "", {**ROWS[1], "image_path": "../secret.png"}]
+    source = open_source(jsonl(tmp_path / "rows.jsonl", rows, media_root=media), tmp_path / "index")
+    assert "1 of 2 media files are out of reach" in caplog.text
+    assert "(rows.jsonl:3)" in caplog.text
+    assert source.read(0).fields["image_path"]
+    with pytest.raises(SkipSample, match="leads out of media_root") as skip:
+        source.read(1)
+    assert skip.value.null_class == "bad_sample"
+
+
+def test_errors_of_decoding_name_the_file(tmp_path, media):
+    (media / "hurt.jpg").write_bytes((media / "sub" / "small.jpg").read_bytes()[:200])
+    (media / "hurt.mp4").write_bytes(b"no video")
+    row = {"image": "hurt.jpg", "video": "hurt.mp4"}
+    fields = pickle.loads(pickle.dumps(open_source(jsonl(tmp_path / "rows.jsonl", [row], media_root=media)))).read(0)
+    with pytest.raises(SkipSample, match=r"^hurt\.jpg: cannot decode the image"):
+        decode_image(fields.fields["image"])
+    with pytest.raises(SkipSample, match=r"^hurt\.mp4: the file is no video"):
+        decode_video(fields.fields["video"], num_frames=2)
 
 
 def test_an_absolute_path_under_media_root_is_fine(tmp_path, media):
@@ -113,11 +141,11 @@ def test_one_missing_file_is_skipped_and_all_missing_is_an_error(tmp_path, media
 def test_a_damaged_line_is_skipped_and_a_wrong_file_is_an_error(tmp_path, media):
     source = open_source(jsonl(tmp_path / "rows.jsonl", [*ROWS, '{"image_path": "lar'], media_root=media))
     assert len(source) == 3
-    with pytest.raises(SkipSample, match=r"rows\.jsonl:2"):
+    with pytest.raises(SkipSample, match=r"rows\.jsonl:3"):
         source.read(2)
     for text, message in (
         ("a\nb\n", "no JSON objects"),
-        ("", "no records"),
+        ("", "the file is empty"),
         ('[{"a": 1}, {]', "not a valid JSON list"),
     ):
         (tmp_path / "bad.json").write_text(text)

@@ -16,7 +16,7 @@ from PIL import Image
 from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.sources import open_source
-from vlm_dist.data.storage.find import expand_braces
+from vlm_dist.data.storage.find import expand_braces, find_files
 from vlm_dist.errors import DataError, SkipSample
 
 
@@ -206,6 +206,19 @@ def test_missing_shards_are_named(shards, path, message):
 def test_unknown_type():
     with pytest.raises(DataError, match="expected tar, hf or jsonl"):
         open_source(SimpleNamespace(type="zip", path="x"))
+
+
+def test_shards_that_a_directory_does_not_stand_for_are_named(tmp_path, caplog):
+    """A directory means its *.tar; what looks like a shard and is none of them is told of once, with the way out."""
+    for name in ("a.tar", "b.TAR", "c.tar.gz", "d.tgz", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in find_files("S", str(tmp_path), (".tar",))] == ["a.tar"]
+    (record,) = caplog.records
+    assert "3 files are not read (b.TAR, c.tar.gz, d.tgz)" in record.message
+    assert f"path: '{tmp_path}/*.tar.gz'" in record.message
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match=r"no \.tar files found.*c\.tar\.gz.*source of their own"):
+        find_files("S", str(tmp_path), (".tar",))
 
 
 @pytest.mark.parametrize(

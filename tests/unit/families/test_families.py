@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.data.samples import MemorySource, collator, jpeg
+from tests.unit.data.samples import MemorySource, collator, jpeg, mp4
 from tests.unit.families.zoo import CHECKPOINTS
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
@@ -123,3 +123,21 @@ def test_a_model_of_ones_own_names_the_family_that_it_is_like():
 def test_what_a_family_cannot_be_is_told(own, said):
     with pytest.raises(ConfigError, match=said):
         choose_family(own, "model_classes.me", "my_model", "MyProcessor")
+
+
+def test_a_clip_that_is_shorter_than_its_file_says_costs_itself_where_clips_must_be_of_one_length():
+    short = {"video": mp4(num_frames=2), "question": "q", "answer": "short"}
+    rows = [{"video": mp4(num_frames=8), "question": "q", "answer": f"{i}"} for i in range(2)]
+    config = collator(
+        data_processing={"image_data": False, "video_data": True},
+        video_processing={"frame_extraction": {"num_frames": 4}},
+        dataset_columns={"video_column": "video", "question_column": "question", "answer_column": "answer"},
+    )
+    processor = CHECKPOINTS["llava_onevision"].build()[1]
+    source = MemorySource([*rows, short])
+    make = Materialiser([source], processor, family_for("llava_onevision"), config, frozenset({"video"}), 0)
+    batch = make(job(0, 2, 1))
+    assert (batch.num_samples, batch.inputs["pixel_values_videos"].shape[:2]) == (2, (2, 4))
+    (slot,) = batch.null_slots
+    assert slot.origin.key == "2" and "2 frames, the others of its micro-batch 4" in slot.message
+    assert make(job(2)).num_samples == 1
