@@ -6,15 +6,18 @@ where there is more to say. Where the product itself refuses what is asked, its 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from tests.unit.data.samples import collator
 from tests.unit.families.subjects import ROWS, TALKS, Subject, inputs_of, job
+from vlm_dist.config.peft import PeftConfig
 from vlm_dist.data.encoding.fit import MediaSizes
 from vlm_dist.data.encoding.packing import check_packing
 from vlm_dist.data.encoding.preconditions import choose_kinds
@@ -23,6 +26,7 @@ from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, PackBud
 from vlm_dist.errors import ConfigError
 from vlm_dist.families.attention import check_attention
 from vlm_dist.loss import token_loss_sum
+from vlm_dist.model import attach_adapter, tower_table
 from vlm_dist.model.towers import TOWERS, find_towers, tower_of
 
 #: Largest difference of a logit that is rounding, as a share of the largest logit.
@@ -209,6 +213,31 @@ def flash(subject: Subject) -> str:
     return "yes"
 
 
+def lora_towers(subject: Subject) -> str:
+    """Towers that LoRA trains: each B gets a gradient, and PEFT alone loads what was trained."""
+    batch = subject.materialiser()(job("wide", "text", "three"))
+    settings = PeftConfig(r=2, lora_alpha=4, lora_dropout=0.0)
+    model = attach_adapter(subject.load_model(), settings, dict.fromkeys(TOWERS, "lora"))
+    token_loss_sum(model(**inputs_of(batch), use_cache=False).logits, batch.labels).backward()
+    unmoved = [name for name, weight in model.named_parameters() if "lora_B" in name and not _moves(weight)]
+    assert not unmoved, unmoved
+    with torch.no_grad(), tempfile.TemporaryDirectory() as directory:
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+        trained = model.eval()(**inputs_of(batch), use_cache=False).logits
+        model.save_pretrained(directory, save_embedding_layers=False)
+        loaded = PeftModel.from_pretrained(subject.load_model(), directory).eval()
+        _assert_close(loaded(**inputs_of(batch), use_cache=False).logits, trained, "loaded by PEFT")
+        assert not torch.allclose(subject.forward(batch), trained, atol=1e-3)
+    table = tower_table(model, dict.fromkeys(TOWERS, "lora"))
+    return ", ".join(row.tower for row in table if row.num_lora_modules and row.tower in TOWERS)
+
+
+def _moves(weight: Tensor) -> bool:
+    return weight.grad is not None and bool(weight.grad.abs().max() > 0)
+
+
 def generation(subject: Subject) -> str:
     """Prompts of different lengths are continued; each as if it were alone."""
     make = subject.materialiser(for_generation=True)
@@ -216,15 +245,19 @@ def generation(subject: Subject) -> str:
     assert together.references == [ROWS["wide"]["answer"], ROWS["text"]["answer"]]
     for number, name in enumerate(("wide", "text")):
         alone = make(job(name))
-        texts = [_continued(subject, batch) for batch in (together, alone)]
-        assert texts[0][number].tolist() == texts[1][0].tolist(), name
+        texts = [_continued(subject, batch)[row] for batch, row in ((together, number), (alone, 0))]
+        assert texts[0] == texts[1], name
     return "yes"
 
 
-def _continued(subject: Subject, batch: MicroBatch) -> Tensor:
+def _continued(subject: Subject, batch: MicroBatch) -> list[list[int]]:
+    """What each row goes on with, up to its end: a batch goes on until the last of its rows ends."""
+    tokenizer = subject.processor.tokenizer
     with torch.no_grad():
-        ids: Tensor = subject.model.generate(**inputs_of(batch), max_new_tokens=4, do_sample=False, use_cache=True)
-    return ids[:, batch.inputs["input_ids"].shape[1] :]
+        ids = subject.model.generate(**inputs_of(batch), max_new_tokens=4, do_sample=False, use_cache=True)
+    rows = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
 def _same_as_alone(subject: Subject, make: Materialiser, *names: str) -> MicroBatch:
@@ -305,4 +338,5 @@ CELLS: dict[str, Cell] = {
     "packing": packing,
     "flash": flash,
     "generation": generation,
+    "LoRA towers": lora_towers,
 }

@@ -100,6 +100,10 @@ class Subject:
             rope_positions=rope,
         )
 
+    def load_model(self) -> Any:
+        """The model once more, for what changes it."""
+        return load_model(str(self.directory), CHECKPOINTS[self.name].entry, {"torch_dtype": "float32"})
+
     def forward(self, batch: MicroBatch) -> Tensor:
         """Logits [B, T, V]."""
         logits: Tensor = self.model(**inputs_of(batch), use_cache=False).logits

@@ -91,7 +91,8 @@ def qwen3_vl() -> tuple[Any, Any]:
         chat_template=CHAT_TEMPLATE,
     )
     config = Qwen3VLConfig(
-        text_config={**TEXT, **text_ids(tokenizer), "rope_parameters": _MROPE},
+        # a layer more than there are deepstack features: what is added behind the last one reaches no answer
+        text_config={**TEXT, **text_ids(tokenizer), "num_hidden_layers": 3, "rope_parameters": _MROPE},
         vision_config={
             "depth": 3,
             "hidden_size": 32,
