@@ -18,29 +18,36 @@ if TYPE_CHECKING:
 LearningRateSchedule = Callable[[int], float]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters, those that decay apart from those that do not.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, own_rate: Callable[[str], float | None] = lambda name: None
+) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate, and those that decay apart from those that do not.
 
     Biases, norms and DoRA magnitudes (all of one dimension) do not decay: pulling them to zero fights normalisation.
 
     Args:
         model: only its parameters with `requires_grad` are taken, in the order of `named_parameters`.
         weight_decay: of the matrices.
+        own_rate: a parameter's name -> its learning rate, where it differs from the common one; None: the common one.
 
     Returns:
-        One group, or two where both kinds exist: `{"params": [...], "weight_decay": float}`.
+        One group for each kind that there is, those with the common rate first: `{"params": [...], "weight_decay":
+        float}`, and `"lr"` where it differs.
     """
-    decaying: list[nn.Parameter] = []
-    fixed: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Under ZeRO-3 a partitioned parameter is flat; its true shape is ds_shape.
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decaying if len(shape) >= 2 else fixed).append(parameter)
-    if weight_decay == 0:  # nothing to tell apart: one group, in the model's order
-        decaying, fixed = [p for p in model.parameters() if p.requires_grad], []
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": fixed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            # without weight decay there is nothing to tell apart: one group, in the model's order
+            decays = len(shape) >= 2 or weight_decay == 0
+            groups.setdefault((own_rate(name), decays), []).append(parameter)
+    ordered = sorted(groups, key=lambda kind: (kind[0] is not None, kind[0] or 0.0, not kind[1]))
+    return [
+        {"params": groups[rate, decays], "weight_decay": weight_decay if decays else 0.0}
+        | ({} if rate is None else {"lr": rate})
+        for rate, decays in ordered
+    ]
 
 
 def make_optimizer(settings: TrainConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
@@ -48,7 +55,7 @@ def make_optimizer(settings: TrainConfig, groups: Iterable[dict[str, Any]]) -> t
 
     Args:
         settings: `learning_rate`, `adam_beta1`, `adam_beta2`, `adam_epsilon`.
-        groups: as `parameter_groups` makes them; each carries its own `weight_decay`.
+        groups: as `parameter_groups` makes them; each carries its own `weight_decay`, and maybe its own `lr`.
     """
     groups = list(groups)
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -36,6 +36,19 @@ def test_without_weight_decay_there_is_one_group() -> None:
     assert len(group["params"]) == 4
 
 
+def test_own_learning_rates_come_after_the_common_one_and_keep_norms_and_biases_from_decaying() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    groups = parameter_groups(net, 0.1, lambda name: 1e-6 if name.startswith("0.") else None)
+    assert [(group.get("lr"), group["weight_decay"], len(group["params"])) for group in groups] == [
+        (None, 0.1, 1),
+        (None, 0.0, 3),
+        (1e-6, 0.1, 1),
+        (1e-6, 0.0, 1),
+    ]
+    optimizer = make_optimizer(settings(learning_rate=2e-4, weight_decay=0.1), groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-4, 2e-4, 1e-6, 1e-6]
+
+
 def test_the_optimizer_has_the_settings() -> None:
     groups = parameter_groups(model(), weight_decay=0.1)
     config = settings(learning_rate=2e-4, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1)

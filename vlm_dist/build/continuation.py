@@ -92,7 +92,7 @@ def _schedule_facts(config: RunConfig) -> dict[str, Any]:
 FIXED = (
     "model_id",
     *(f"peft.{key}" for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")),
-    *(f"peft.{key}" for key in ("modules_to_save", "towers")),
+    *(f"peft.{key}" for key in ("modules_to_save", "quantization", "towers")),
 )
 #: What says where and how far to run, and changes nothing of what is learned.
 FREE = (

@@ -23,12 +23,15 @@ from vlm_dist.build.lengths import describe_lengths, make_lengths
 from vlm_dist.checkpoint import (
     CheckpointStore,
     choose_checkpoint,
+    open_starting_point,
     restore_checkpoint,
     save_adapter,
     save_checkpoint,
+    start_from,
 )
 from vlm_dist.config import RunConfig
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
+from vlm_dist.data.plan.contents import read_contents, write_contents
 from vlm_dist.data.purposes import PurposePool
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, Source
@@ -37,15 +40,22 @@ from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.distributed.environment import resolve_topology
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks, init_process_groups, is_lost_peer, shut_down
+from vlm_dist.distributed.patience import long_work
 from vlm_dist.distributed.signals import StopRequest
 from vlm_dist.engine import Engine, load_deepspeed_json, merge_deepspeed_config, prepare_deepspeed, zero_init_context
 from vlm_dist.errors import DistributedError, ExitCode
 from vlm_dist.evaluate import Evaluator
 from vlm_dist.model import (
     attach_adapter,
+    check_quantization,
+    describe_trained,
     enable_gradient_checkpointing,
     format_tower_table,
     load_model,
+    parse_dtype,
+    prepare_checkpoint,
+    quantization_arguments,
+    tower_rates,
     tower_table,
 )
 from vlm_dist.observability.log import MetricLog
@@ -121,10 +131,14 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         # Data: sources, then the plan, which is all that decides what is trained on.
         with agree_on_failure(ranks):
             ds_json = load_deepspeed_json(config.deepspeed)
+            check_quantization(config.peft.quantization, ds_json["zero_optimization"]["stage"])
             batch = fit_batch(config, ranks, checkpoint)
         train_sources = open_sources(config, "train", ranks)
         eval_sources = open_sources(config, "eval", ranks)
         differences: list[str] = []
+        loading_params = config.model.loading_for(config.model_id)
+        with long_work(ranks, f"preparing {config.model_id}"):  # a conversion may take longer than a collective waits
+            prepare_checkpoint(config.model_id, config.model_entry, loading_params)
         with agree_on_failure(ranks):
             processor, family = make_processor(config)
             materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
@@ -134,13 +148,14 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         with agree_on_failure(ranks):
             plan = make_plan(config, train_sources, batch, lengths, per_node)
             if checkpoint is not None:
-                plan.check_state(checkpoint.info["plan"])
+                plan.check_state(checkpoint.info["plan"], read_contents(checkpoint.path.parent))
                 check_end(checkpoint, plan)
                 differences = check_config(config, checkpoint) if ranks.is_main else []
             about_plan = describe_plan(config, plan, batch, checkpoint.step if checkpoint is not None else 0)
             cadence = make_cadence(config, plan.num_steps)
             if ranks.is_main:  # only now: a run that is refused leaves that of the run before it alone
                 config.write(train_config.output_dir / "resolved_config.yaml")
+                write_contents(train_config.output_dir, plan.contents)
         start = checkpoint.step if checkpoint is not None else 0
         log.message(f"{batch}; {plan.steps_per_epoch} steps per epoch, {plan.num_steps} steps in all")
         if (told := describe_lengths(config, lengths)) is not None:
@@ -148,27 +163,31 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         for line in about_plan:
             log.message(line)
 
-        # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone.
+        # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone, or on
+        # what it is told to start from.
+        towers, rates = config.peft.towers.model_dump(), config.peft.towers_learning_rate.model_dump()
+        begin = open_starting_point(config.peft, ranks) if checkpoint is None else None
         merge = _ds_merger(config, ds_json, ranks)
+        loading = config.model.loading_for(config.model_id).model_dump()
+        loading |= quantization_arguments(config.peft.quantization, parse_dtype(train_config.precision))
         with zero_init_context(merge(None)[0]):
-            model = load_model(
-                config.model_id,
-                config.model_entry,
-                config.model.loading_for(config.model_id),
-                dtype=train_config.precision,
-            )
-            model = attach_adapter(model, config.peft, config.peft.towers.model_dump(), seed=train_config.seed)
+            model = load_model(config.model_id, config.model_entry, loading, dtype=train_config.precision)
+            model = attach_adapter(model, config.peft, towers, seed=train_config.seed)
         if train_config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        table = tower_table(model, config.peft.towers.model_dump())
+        table = tower_table(model, towers, train_config.learning_rate, rates)
         log.message(format_tower_table(table))
+        with agree_on_failure(ranks):
+            if ranks.is_main:
+                (train_config.output_dir / "trained_modules.txt").write_text(describe_trained(model), encoding="utf-8")
+        started = begin.parameter_names(model) if begin is not None else {}
         ds_config, derived = merge(table[-1].num_trainable)
         for value in derived:
             log.message(f"derived: {value}")
         engine = Engine.initialise(
             model,
             lambda groups: make_optimizer(train_config, groups),
-            parameter_groups(model, train_config.weight_decay),
+            parameter_groups(model, train_config.weight_decay, tower_rates(model, rates)),
             make_lr_schedule(train_config, plan.num_steps),
             ds_config,
             control_group=ranks.control,
@@ -179,6 +198,9 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             log.message(f"resumed from {checkpoint.path} at step {start} of {plan.num_steps}")
             for change in differences:
                 log.message(f"notice: {change}")
+        elif begin is not None:
+            start_from(begin, engine, started, ranks)
+            log.message(f"started from {begin.path}: {len(started)} weights")
 
         # The loop's own parts; whatever has processes or files is closed with the stack.
         quarantine = stack.enter_context(Quarantine(train_config.output_dir, ranks.rank))

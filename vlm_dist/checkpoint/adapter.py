@@ -1,8 +1,15 @@
-"""The adapter in PEFT's own format, from masters that were collected by name."""
+"""What was trained in PEFT's own format, from masters that were collected by name.
+
+Beside LoRA it may hold weights of the model itself (a tower trained in full, `modules_to_save`, biases). They were
+trained in place, and are saved as PEFT saves `modules_to_save`: under their own names, the modules that hold them
+listed in adapter_config.json. A few cannot be listed, such as `image_newline`, a parameter of LLaVA-NeXT itself, or a
+trained bias beside a frozen weight: they are in the file all the same, and `PeftModel.from_pretrained` puts what has
+the name of a parameter into that parameter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +18,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from vlm_dist.errors import CheckpointError
+from vlm_dist.model.full import listed_modules
+
+#: Before every name of the model within a `PeftModel`.
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -19,13 +29,13 @@ class AdapterExport:
     """What the adapter files hold.
 
     Attributes:
-        config: of adapter_config.json.
+        config: of adapter_config.json; None if there is no adapter, as everything was trained in full.
         tensors: by PEFT's canonical keys, in the training dtype: `PeftModel.from_pretrained` loads them.
-        outside: trained weights that are no part of the adapter (a tower trained in full), by their name in the base
-            model: `model.load_state_dict(..., strict=False)` loads them.
+        outside: without an adapter, what was trained by its name in the model:
+            `model.load_state_dict(..., strict=False)` loads it.
     """
 
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] | None
     tensors: Mapping[str, Tensor]
     outside: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -36,26 +46,49 @@ def export_adapter(
     """Name and round what was trained. Reads no weight of the model, which may be partitioned.
 
     Args:
-        model: the PEFT model that was trained.
+        model: that was trained.
         masters: whole float32 tensors by the names of `model.named_parameters()`.
         dtype: that the model computes in; masters are rounded to it as they are for the forward pass.
         adapter: PEFT's name of the adapter.
+    """
+    rounded = {name: tensor.to(dtype).contiguous() for name, tensor in masters.items()}
+    if not isinstance(model, PeftModel):
+        return AdapterExport(None, {}, rounded)
+    names = saved_names(model, masters, adapter)
+    used: set[str] = set()
+    tensors = {}
+    for key, name in names.items():
+        tensors[key] = rounded[name].clone() if name in used else rounded[name]  # a file has no shared tensors
+        used.add(name)
+    trained_whole = [key.removeprefix(PREFIX) for key, name in names.items() if ".lora_" not in name]
+    config = _config_of(model, adapter)
+    config["modules_to_save"] = listed_modules(model.get_base_model(), trained_whole) or None
+    return AdapterExport(config, tensors)
 
-    Raises:
-        CheckpointError: the model has no adapter.
+
+def saved_names(model: nn.Module, names: Iterable[str], adapter: str = "default") -> dict[str, str]:
+    """Keys of the saved file -> the parameters that they hold, by name in the model.
+
+    A tied weight has a key for each of its names, since PEFT makes a copy of each module that it wraps.
+
+    Args:
+        model: with or without adapter.
+        names: of trainable parameters.
+        adapter: PEFT's name of the adapter.
     """
     if not isinstance(model, PeftModel):
-        raise CheckpointError(f"{type(model).__name__} has no adapter to save; attach one first")
-    rounded = {name: tensor.to(dtype).contiguous() for name, tensor in masters.items()}
+        return {name: name for name in names}
+    marks = {name: torch.empty(0) for name in names}
     # save_embedding_layers="auto" would ask the hub whether the vocabulary was resized.
-    tensors = get_peft_model_state_dict(
-        model, state_dict=dict(rounded), adapter_name=adapter, save_embedding_layers=False
-    )
-    inside = {id(tensor) for tensor in tensors.values()}
-    outside = {
-        name.removeprefix("base_model.model."): tensor for name, tensor in rounded.items() if id(tensor) not in inside
-    }
-    return AdapterExport(_config_of(model, adapter), tensors, outside)
+    found = get_peft_model_state_dict(model, state_dict=dict(marks), adapter_name=adapter, save_embedding_layers=False)
+    name_of = {id(mark): name for name, mark in marks.items()}
+    keys = {key: name_of[id(mark)] for key, mark in found.items()}
+    beside = set(marks) - set(keys.values())
+    by_parameter = {id(parameter): name for name, parameter in model.named_parameters() if name in beside}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in by_parameter:
+            keys[name] = by_parameter[id(parameter)]
+    return keys
 
 
 def _config_of(model: PeftModel, adapter: str) -> dict[str, Any]:

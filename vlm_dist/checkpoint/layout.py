@@ -3,7 +3,7 @@
 output_dir/
     checkpoint-<step>/
         adapter_config.json, adapter_model.safetensors   PEFT's format, in the training dtype
-        trained_weights.safetensors                      only if weights outside the adapter were trained
+        trained_weights.safetensors                      instead of these two, if all was trained in full: by name
         training_state.safetensors                       float32 masters and moments by parameter name
         training_state.json                              everything else, and the hash of every other file
         resolved_config.yaml

@@ -83,7 +83,7 @@ class CheckpointStore:
         return target
 
     def save_adapter(self, adapter: AdapterExport) -> Path:
-        """Publish the final adapter, for `PeftModel.from_pretrained`.
+        """Publish the final adapter, for `PeftModel.from_pretrained`; without one, the weights that were trained.
 
         Raises:
             CheckpointError: it could not be written.
@@ -144,8 +144,9 @@ class CheckpointStore:
 
 
 def _write_adapter(directory: Path, adapter: AdapterExport) -> None:
-    _write_json(directory / layout.ADAPTER_CONFIG, adapter.config)
-    _write_tensors(directory / layout.ADAPTER_WEIGHTS, adapter.tensors)
+    if adapter.config is not None:
+        _write_json(directory / layout.ADAPTER_CONFIG, adapter.config)
+        _write_tensors(directory / layout.ADAPTER_WEIGHTS, adapter.tensors)
     if adapter.outside:
         _write_tensors(directory / layout.TRAINED_WEIGHTS, adapter.outside)
 

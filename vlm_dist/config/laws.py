@@ -324,6 +324,10 @@ def _towers(peft: PeftConfig) -> Iterator[Finding]:
             "and use_dora have no effect"
         )
         yield Finding(("peft", "towers"), message, also=(whole,), is_notice=True)
+    full = [tower for tower, policy in policies.items() if policy == "full"]
+    if peft.quantization != "none" and full:
+        message = f"got {peft.quantization}, expected none: a tower that is packed in 4 bits cannot be trained in full"
+        yield Finding(("peft", "quantization"), message, also=tuple(("peft", "towers", tower) for tower in full))
     for tower, rate in peft.towers_learning_rate.model_dump().items():
         if rate is not None and policies[tower] == "freeze" and not peft.modules_to_save:
             message = f"{rate:g} has no effect: peft.towers.{tower} is freeze"

@@ -9,31 +9,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm_dist.model.checkpointing import enable_gradient_checkpointing
-    from vlm_dist.model.loading import load_model, load_processor, parse_dtype
-    from vlm_dist.model.lora import attach_adapter, format_tower_table, tower_table
+    from vlm_dist.model.loading import load_model, load_processor, parse_dtype, prepare_checkpoint
+    from vlm_dist.model.lora import attach_adapter
     from vlm_dist.model.positions import load_rope_index
+    from vlm_dist.model.quantization import check_quantization, quantization_arguments
     from vlm_dist.model.registry import ModelClasses, resolve_classes
     from vlm_dist.model.towers import Towers, find_towers
+    from vlm_dist.model.trained import describe_trained, format_tower_table, tower_rates, tower_table
 
 _HOMES = {
     "ModelClasses": "registry",
     "Towers": "towers",
     "attach_adapter": "lora",
+    "check_quantization": "quantization",
+    "describe_trained": "trained",
     "enable_gradient_checkpointing": "checkpointing",
     "find_towers": "towers",
-    "format_tower_table": "lora",
+    "format_tower_table": "trained",
     "load_model": "loading",
     "load_processor": "loading",
     "load_rope_index": "positions",
     "parse_dtype": "loading",
+    "prepare_checkpoint": "loading",
+    "quantization_arguments": "quantization",
     "resolve_classes": "registry",
-    "tower_table": "lora",
+    "tower_rates": "trained",
+    "tower_table": "trained",
 }
 
 __all__ = [
     "ModelClasses",
     "Towers",
     "attach_adapter",
+    "check_quantization",
+    "describe_trained",
     "enable_gradient_checkpointing",
     "find_towers",
     "format_tower_table",
@@ -41,7 +50,10 @@ __all__ = [
     "load_processor",
     "load_rope_index",
     "parse_dtype",
+    "prepare_checkpoint",
+    "quantization_arguments",
     "resolve_classes",
+    "tower_rates",
     "tower_table",
 ]
 

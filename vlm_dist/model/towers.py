@@ -13,12 +13,18 @@ from torch import nn
 
 from vlm_dist.errors import ModelError
 
-#: The towers that a policy can name. `head` is a fourth place, never trained: it is shared with the embeddings in many
-#: models, and as large as many layers.
+#: The towers that a policy can name. `head` is a fourth place: it never has LoRA, being shared with the embeddings in
+#: many models and as large as many layers; where the language model is trained in full, so is its head.
 TOWERS = ("vision", "projector", "language")
 
 #: Children of a vision tower that map its features into the language model's space.
 _MERGERS = ("merger", "deepstack_merger_list", "downsample", "multi_modal_projector")
+
+#: Modules of a vision tower that classify whole pictures: no language model reads them.
+_POOLING = ("head", "pooler")
+
+#: Norms behind the last layer: models that choose a layer's features (`vision_feature_layer`) read them before it.
+_LAST_NORMS = ("post_layernorm",)
 
 _VISION_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "img_processor")
 _LANGUAGE_NAMES = ("language_model", "text_model", "decoder")
@@ -68,29 +74,50 @@ def tower_of(name: str, towers: Towers) -> str:
     best, length = "projector", -1
     for tower, roots in towers.items():
         for root in roots:
-            if len(root) > length and (root in ("", name) or name.startswith(root + ".")):
+            if len(root) > length and is_within(name, (root,)):
                 best, length = tower, len(root)
     return best
 
 
-def without_gradient(model: nn.Module, towers: Towers) -> tuple[str, ...]:
-    """Roots of vision layers whose output nothing reads, so that an adapter there would never get a gradient.
+def policy_of(tower: str, policy: Mapping[str, str]) -> str:
+    """What is trained of a tower; a missing one is frozen. The head follows the language model, but has no LoRA."""
+    if tower == "head":
+        return "full" if policy.get("language") == "full" else "freeze"
+    return policy.get(tower, "freeze")
 
-    LLaVA takes the features of an inner layer (`vision_feature_layer`, such as -2) and drops what comes after.
+
+def is_within(name: str, roots: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of these modules, or inside one."""
+    return any(root in ("", name) or name.startswith(f"{root}.") for root in roots)
+
+
+def without_gradient(model: nn.Module, towers: Towers) -> tuple[str, ...]:
+    """Roots of modules whose output nothing reads, so that what is trained there would never get a gradient.
+
+    Heads that pool a picture; and where the model takes the features of an inner layer (LLaVA's
+    `vision_feature_layer`, such as -2), what comes after that layer.
     """
     chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
-    if chosen is None:
-        return ()
     unused: list[str] = []
     for root in towers["vision"]:
-        for name, module in model.get_submodule(root).named_modules():
-            if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] in ("layers", "layer", "blocks"):
-                count = len(module)  # hidden state i is the input of layer i; the last is the output
-                indices = [chosen] if isinstance(chosen, int) else list(chosen)
-                used = max(index if index >= 0 else count + 1 + index for index in indices)
-                unused += [f"{root}.{name}.{index}" for index in range(used, count)]
-                break
+        modules = [(name, module) for name, module in model.get_submodule(root).named_modules() if name]
+        outside_layers = [name for name, _ in modules if not any(part.isdigit() for part in name.split("."))]
+        ends = _POOLING if chosen is None else (*_POOLING, *_LAST_NORMS)
+        unused += [f"{root}.{name}" for name in outside_layers if name.rsplit(".", 1)[-1] in ends]
+        if chosen is not None:
+            unused += _layers_after(root, modules, chosen)
     return tuple(unused)
+
+
+def _layers_after(root: str, modules: Iterable[tuple[str, nn.Module]], chosen: int | Iterable[int]) -> list[str]:
+    """The layers of a vision tower behind the last one whose features are taken."""
+    for name, module in modules:
+        if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] in ("layers", "layer", "blocks"):
+            count = len(module)  # hidden state i is the input of layer i; the last is the output
+            indices = [chosen] if isinstance(chosen, int) else list(chosen)
+            used = max(index if index >= 0 else count + 1 + index for index in indices)
+            return [f"{root}.{name}.{index}" for index in range(used, count)]
+    return []
 
 
 def _encoder(model: Any) -> nn.Module | None:

@@ -86,6 +86,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "generation without samples": (["train.predict_with_generate=true"], "data.eval is empty"),
     "all frozen": (["peft.towers={vision: freeze, projector: freeze, language: freeze}"], "nothing to train"),
+    "a packed tower in full": (["peft.quantization=nf4", "peft.towers.vision=full"], "cannot be trained in full"),
     "no data": (["data.train=[]"], "data.train: got no source"),
     "tar without path": (["data.train=[{type: tar}]"], "data.train[0]: a source of type tar needs a path"),
     "hf without name": (["data.train=[{type: hf, split: train}]"], "needs a name (of a dataset) or a path"),
@@ -145,6 +146,14 @@ SAID: dict[str, tuple[list[str], str]] = {
     "nobody asks for lengths": (
         ["train.group_by_length=false", "data.lengths=exact"],
         "data.lengths: exact has no effect: neither group_by_length nor packing asks for lengths",
+    ),
+    "no adapter": (
+        ["peft.towers={vision: freeze, projector: full, language: full}"],
+        "peft.towers: no tower is lora, so there is no adapter: r, target_modules",
+    ),
+    "rate of a frozen tower": (
+        ["peft.towers.vision=freeze", "peft.towers_learning_rate.vision=1e-6"],
+        "peft.towers_learning_rate.vision: 1e-06 has no effect: peft.towers.vision is freeze",
     ),
     "unused variable": (["collator.dataset_columns.difficulty=level"], "message_format does not use"),
     "nobody prefetches": (

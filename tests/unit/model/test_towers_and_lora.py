@@ -62,6 +62,19 @@ def test_llava_has_no_lora_where_no_gradient_comes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target_modules": ["layers.2.mlp.fc1"]}, r"layers\.2\.mlp\.fc1, which nothing reads"),
+        ({"target_modules": r".*vision_tower.*layers\.2\..*"}, "which nothing reads"),
+        ({"modules_to_save": ["post_layernorm"]}, r"post_layernorm, which nothing reads"),
+    ],
+)
+def test_what_never_gets_a_gradient_is_refused_when_it_is_asked_for(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ModelError, match=expected):
+        attach_adapter(tiny_llava(), lora(**changes), ALL_LORA)
+
+
+@pytest.mark.parametrize(
     ("name", "vision", "projector"),
     [
         (
@@ -128,7 +141,8 @@ def test_target_modules_by_end_of_name_and_by_regular_expression(
         ({"target_modules": ["qkv"]}, LANGUAGE_ONLY, "'qkv' matches no linear layer of the towers"),
         ({"target_modules": ["lm_head"]}, ALL_LORA, "matches no linear layer of the towers"),
         ({}, dict.fromkeys(ALL_LORA, "freeze"), "nothing to train"),
-        ({}, {**ALL_LORA, "vision": "full"}, "vision: full is not yet supported"),
+        ({}, {**ALL_LORA, "vision": "all"}, "vision: got 'all', expected freeze, lora or full"),
+        ({"modules_to_save": ["lm_haed"]}, ALL_LORA, "'lm_haed' matches no module of the model. Did you mean lm_head?"),
         ({}, {**ALL_LORA, "audio": "lora"}, "got 'audio', expected one of vision, projector, language"),
     ],
 )

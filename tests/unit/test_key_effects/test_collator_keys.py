@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.unit.test_key_effects.conftest import ANY_SIZE, BLUE, GREEN, RED, Project
 from tests.unit.test_key_effects.registry import shows
+from vlm_dist.data.encoding import preconditions
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.demo.digits import encode_clip
 from vlm_dist.errors import ConfigError, DataError
@@ -171,6 +172,7 @@ def test_the_library_that_is_named_reads_the_videos(
             patch.setitem(sys.modules, module, None)
             with pytest.raises(ConfigError, match=rf"library is {name}, but \S+ is not installed; pip install"):
                 project.batch(rows | {key: name})
+    preconditions._tell_once.cache_clear()  # another test of this process may have been told
     with caplog.at_level(logging.INFO):
         project.batch(rows | {key: "auto"})
     assert "videos are read by the first of these that can open them: pyav" in caplog.text

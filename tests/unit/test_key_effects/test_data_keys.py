@@ -140,7 +140,7 @@ def test_lengths_are_counted_or_estimated(project: Project, capsys: pytest.Captu
         sources = build.open_sources_alone(config, "train")
         processor, family = build.make_processor(config)
         materialise = build.make_materialisers(config, sources, [], processor, family)
-        return build.make_lengths_alone(config, sources, processor, family, materialise).digest.split(":")[0]
+        return build.make_lengths(config, sources, processor, family, materialise).digest.split(":")[0]
 
     assert kind("auto") == kind("estimate") == "estimate"
     with pytest.raises(ConfigError, match=r"data\.lengths is exact, but not all tokens have been counted"):

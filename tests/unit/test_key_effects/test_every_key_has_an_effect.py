@@ -25,9 +25,6 @@ REFUSED: dict[str, object] = {}
 
 #: Values that are refused, of keys with an effect.
 REFUSED_VALUES = {
-    "peft.towers.vision": "full",
-    "peft.towers.projector": "full",
-    "peft.towers.language": "full",
     "train.report_to": ["tensorboard"],
 }
 

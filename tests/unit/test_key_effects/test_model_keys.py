@@ -48,6 +48,9 @@ def test_classes_are_those_of_the_entry(project: Project) -> None:
         load(project, entry(model_class="LlavaForConditionalGeneration"))
     assert type(project.processor(entry())).__name__ == "Qwen2VLProcessor"
     assert type(project.processor(entry(processor_class="Qwen2Tokenizer"))).__name__.startswith("Qwen2Tokenizer")
+    unnamed = entry(model_class=None, processor_class=None)
+    assert type(load(project, unnamed)).__name__ == "Qwen2VLForConditionalGeneration"
+    assert type(project.processor(unnamed)).__name__ == "Qwen2VLProcessor"
 
 
 @shows("model.model_classes.*.family")

@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.unit.test_key_effects.conftest import Project
 from tests.unit.test_key_effects.registry import shows
-from vlm_dist.errors import ConfigError
-from vlm_dist.model import attach_adapter, load_model
+from vlm_dist.model import attach_adapter, format_tower_table, load_model, tower_rates, tower_table
+from vlm_dist.optim import make_optimizer, parameter_groups
 
 
 def adapted(project: Project, changes: dict[str, Any] | None = None) -> Any:
@@ -98,11 +98,39 @@ def test_target_modules_are_those_with_lora(project: Project) -> None:
 @pytest.mark.parametrize(
     ("tower", "inside"), [("vision", ".visual.blocks."), ("projector", ".merger."), ("language", ".language_model.")]
 )
-def test_a_frozen_tower_has_no_lora(project: Project, tower: str, inside: str) -> None:
-    assert any(inside in name for name in lora_layers(adapted(project)))
-    assert not any(inside in name for name in lora_layers(adapted(project, {f"peft.towers.{tower}": "freeze"})))
-    with pytest.raises(ConfigError, match="not yet supported"):
-        project.config({f"peft.towers.{tower}": "full"})
+def test_a_tower_is_frozen_or_has_lora_or_is_trained_in_full(project: Project, tower: str, inside: str) -> None:
+    def of_tower(policy: str) -> set[str]:
+        return {name for name in trained(adapted(project, {f"peft.towers.{tower}": policy})) if inside in name}
+
+    assert of_tower("freeze") == set()
+    assert of_tower("lora") and all("lora_" in name for name in of_tower("lora"))
+    assert of_tower("full") and not any("lora_" in name for name in of_tower("full"))
+
+
+@shows("peft.modules_to_save")
+def test_modules_to_save_are_trained_in_full(project: Project) -> None:
+    more = trained(adapted(project, {"peft.modules_to_save": ["lm_head", "norm1"]})) - trained(adapted(project))
+    assert {name.rsplit(".", 2)[-2] for name in more} == {"lm_head", "norm1"}
+
+
+@shows("peft.towers_learning_rate.vision", "peft.towers_learning_rate.projector", "peft.towers_learning_rate.language")
+def test_towers_have_learning_rates_of_their_own(project: Project) -> None:
+    changes = {"peft.towers_learning_rate": {"vision": 1e-6, "projector": 2e-6}, "train.learning_rate": 5e-5}
+    config, model = project.config(changes), adapted(project, changes)
+    rates = tower_rates(model, config.peft.towers_learning_rate.model_dump())
+    optimizer = make_optimizer(config.train, parameter_groups(model, 0.1, rates))
+    found = {
+        name.split("base_model.model.model.")[1].split(".lora_")[0]: group["lr"]
+        for group in optimizer.param_groups
+        for name, parameter in model.named_parameters()
+        if any(parameter is one for one in group["params"])
+    }
+    assert {rate for name, rate in found.items() if name.startswith("language_model.")} == {5e-5}
+    assert {rate for name, rate in found.items() if ".merger." in name} == {2e-6}
+    assert {rate for name, rate in found.items() if ".blocks." in name} == {1e-6}
+    assert optimizer.param_groups[0]["lr"] == 5e-5  # the log tells the first group's
+    table = format_tower_table(tower_table(model, None, 5e-5, config.peft.towers_learning_rate.model_dump()))
+    assert [line.split()[-1] for line in table.splitlines()[1:4]] == ["1e-06", "2e-06", "5e-05"]
 
 
 @shows("peft.task_type")
