@@ -140,6 +140,17 @@ CASES = [
         ExitCode.DATA,
         "files found for 'data/images/*.tgz' (looked in",
     ),
+    later(
+        "several missing sources",
+        changed(
+            'data.train=[{"type": "tar", "path": "gone"}, {"type": "jsonl", "path": "rows.jsonl"}]',
+            'data.eval=[{"type": "hf", "path": "tables/x.parquet"}]',
+        ),
+        ExitCode.DATA,
+        "'gone' (looked in",
+        "'rows.jsonl' (looked in",
+        "there is no tables/x.parquet",
+    ),
     later("no such directory", source(type="tar", path="data/imags"), ExitCode.DATA, "'data/imags' (looked in"),
     later(
         "no held-out data", changed('data.eval=[{"type": "tar", "path": "nope"}]'), ExitCode.DATA, "'nope' (looked in"
@@ -158,7 +169,12 @@ CASES = [
         "data/junk/a.tar: not a tar",
         "copy or write the shard again",
     ),
-    later("no media", source(type="jsonl", path="nomedia.jsonl"), ExitCode.DATA, "0.png; media_root is ., set it to"),
+    later(
+        "no media",
+        source(type="jsonl", path="nomedia.jsonl"),
+        ExitCode.DATA,
+        "0.png (nomedia.jsonl:1); media_root is ., set it to",
+    ),
     later("a URL", source(type="jsonl", path="urls.jsonl"), ExitCode.DATA, "https://x.org/0.png' is a URL", "shards"),
     later("no JSON", source(type="jsonl", path="nojson.jsonl"), ExitCode.DATA, "4 of 4 records are no JSON objects"),
     later("no saved data set", source(type="hf", path="./nope"), ExitCode.DATA, "there is no ./nope (looked from"),
@@ -233,7 +249,12 @@ CASES = [
         "resume with other data",
         changed("train.resume=auto", "train.max_steps=4", "data.train[0].path=data/images/images-000000.tar"),
         ExitCode.CHECKPOINT,
-        ("data order is not this run's", "source 0 (images): samples 40 -> 16", "restore the values of the checkpoint"),
+        (
+            "data order is not this run's",
+            "source 0 (images): samples 40 -> 16",
+            "missing: images-000001.tar",
+            "put these files back",
+        ),
     ),
     Case(
         "resume with another seed",

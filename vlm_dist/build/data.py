@@ -13,14 +13,15 @@ from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.plan.mix import repeats_of_weights
 from vlm_dist.data.plan.plan import Mode, Plan, PlanSettings
 from vlm_dist.data.purposes import ByPurpose
-from vlm_dist.data.sources import open_source
+from vlm_dist.data.sources import missing_data, open_source
 from vlm_dist.data.storage.shard_storage import CacheSettings, is_remote
 from vlm_dist.data.types import Layout, PackBudget, Source
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.distributed.patience import Work, long_work
-from vlm_dist.errors import ConfigError, ModelError
+from vlm_dist.errors import ConfigError, DataError, ModelError
 from vlm_dist.families import Family, check_attention, choose_family
 from vlm_dist.model import load_processor, load_rope_index
+from vlm_dist.model.checkpoint_files import native_class_name
 from vlm_dist.trainer import Cadence
 
 #: With fewer, packs are hard to balance and far from full.
@@ -66,7 +67,14 @@ def open_sources_alone(config: RunConfig, which: str, work: Work | None = None) 
     for i, one in enumerate(settings):
         if work is not None:
             work.doing = f"opening data.{which}[{i}]" + (f" ({one.name})" if one.name else "")
-        opened.append(open_source(one, config.data.index_dir, media, used, cache))
+        try:
+            opened.append(open_source(one, config.data.index_dir, media, used, cache))
+        except DataError as error:
+            later = [*settings[i + 1 :], *(config.data.eval if which == "train" else ())]
+            others = [problem for other in later if (problem := missing_data(other)) is not None]
+            if not others:
+                raise
+            raise DataError("\n".join([str(error), *dict.fromkeys(others)])) from error
     return opened
 
 
@@ -103,7 +111,7 @@ def find_family(config: RunConfig, processor: str | None = None) -> Family:
 
     Args:
         config: of the run.
-        processor: name of the processor's class; None: the one that `model_classes` names.
+        processor: name of the processor's class; None: the one that `model_classes` or the checkpoint names.
     """
     from transformers import PretrainedConfig
 
@@ -114,7 +122,8 @@ def find_family(config: RunConfig, processor: str | None = None) -> Family:
         raise ModelError(f"{config.model_id}: its config.json cannot be read: {error}") from error
     entry = config.model_entry
     where = f"model_classes.{config.model_id}"
-    return choose_family(entry.family, where, facts.get("model_type", ""), processor or entry.processor_class)
+    name = processor or entry.processor_class or native_class_name(config.model_id, "processor_class", revision)
+    return choose_family(entry.family, where, facts.get("model_type", ""), name or "")
 
 
 def make_materialisers(

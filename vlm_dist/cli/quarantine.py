@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.cli.arguments import Commands
+from vlm_dist.cli.messages import counted
 from vlm_dist.errors import ConfigError
 
 
@@ -44,7 +45,7 @@ def show_quarantine(options: argparse.Namespace) -> None:
         chosen = [sample for sample in samples.values() if sample["class"] == null_class]
         by_source = Counter(sample["source"] for sample in chosen)
         counts = ", ".join(f"{source} {count}" for source, count in by_source.items())
-        print(f"{null_class}: {len(chosen)} samples ({counts})")
+        print(f"{null_class}: {counted(len(chosen), 'sample')} ({counts})")
         for sample in chosen[: options.examples]:
             place = f"{sample['source']}/{sample['shard']}:{sample['key']}"
             print(f"  {place}: {sample['message']} ({sample['purpose']} step {sample['step']})")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.cli.arguments import Commands
+from vlm_dist.cli.messages import counted
 
 if TYPE_CHECKING:
     from vlm_dist.data.shards.build import BuildSummary, Progress
@@ -210,12 +211,13 @@ def _print_summary(summary: BuildSummary) -> None:
         print(f"notice: {notice}", file=sys.stderr)
     rate = f", {summary.num_samples / summary.seconds:,.0f} samples/s" if summary.seconds > 2 else ""
     print(
-        f"{summary.num_samples} samples in {summary.num_shards} shards, {summary.num_bytes / 1e6:,.1f} MB, "
+        f"{counted(summary.num_samples, 'sample')} in {counted(summary.num_shards, 'shard')}, "
+        f"{summary.num_bytes / 1e6:,.1f} MB, "
         f"{summary.seconds:.1f} s{rate}"
     )
     if summary.skipped:
         classes = ", ".join(f"{count} {name}" for name, count in sorted(summary.skipped.items()))
-        print(f"left out: {sum(summary.skipped.values())} records ({classes}); listed in {summary.report}")
+        print(f"left out: {counted(sum(summary.skipped.values()), 'record')} ({classes}); listed in {summary.report}")
     print(
         f"\nTo train on them, put into the configuration (or the overrides of a run file):\n\n{summary.config}", end=""
     )
@@ -252,7 +254,7 @@ class _Display:
         """Show how far it is."""
         told = ""
         if progress.phase == "writing":
-            told = f"{progress.num_shards} shards, {progress.num_bytes / 1e6:,.0f} MB"
+            told = f"{counted(progress.num_shards, 'shard')}, {progress.num_bytes / 1e6:,.0f} MB"
         if progress.num_skipped:
             told += f", {progress.num_skipped} bad" if told else f"{progress.num_skipped} bad"
         if self._bar is not None:

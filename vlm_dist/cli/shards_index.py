@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_dist.cli.arguments import Commands
+from vlm_dist.cli.messages import counted
 
 
 def add_shard_paths(parser: argparse.ArgumentParser, several: bool = True) -> None:
@@ -29,8 +31,15 @@ def find_shards(patterns: Sequence[str] | str) -> list[Path]:
         DataError: if there are none.
     """
     from vlm_dist.data.storage.find import find_files
+    from vlm_dist.errors import DataError
 
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    records = [pattern for pattern in patterns if pattern.endswith((".jsonl", ".ndjson", ".json"))]
+    if records:
+        raise DataError(
+            f"{records[0]}: is no tar; messages name its records by line, as {Path(records[0]).name}:LINE "
+            f"(sed -n 'LINEp' {shlex.quote(records[0])} prints one), in a list by their number"
+        )
     return list(dict.fromkeys(path for pattern in patterns for path in find_files("PATH", pattern, (".tar",))))
 
 
@@ -78,13 +87,13 @@ def index(options: argparse.Namespace) -> None:
     entries = update.entries.values()
     num_bytes, num_samples = sum(entry.num_bytes for entry in entries), sum(entry.num_samples for entry in entries)
     print(
-        f"{update.num_indexed} of {len(paths)} shards indexed, {len(entries) - update.num_indexed} had an index; "
-        f"{num_samples:,} samples, {num_bytes / 1e9:,.2f} GB"
+        f"{update.num_indexed} of {counted(len(paths), 'shard')} indexed, {len(entries) - update.num_indexed} had an "
+        f"index; {counted(num_samples, 'sample')}, {num_bytes / 1e9:,.2f} GB"
     )
     for manifest in update.manifests:
         print(f"wrote {manifest}")
     if update.errors:
-        raise DataError("\n".join([f"{len(update.errors)} of {len(paths)} shards are damaged:", *update.errors]))
+        raise DataError("\n".join([f"{len(update.errors)} of {counted(len(paths), 'shard')} damaged:", *update.errors]))
 
 
 def _index_remote(options: argparse.Namespace) -> None:
@@ -96,4 +105,5 @@ def _index_remote(options: argparse.Namespace) -> None:
         raise ConfigError("--index-dir is needed for URLs: data.index_dir of the run (runs/index by default)")
     manifest = index_urls(options.path, options.index_dir)
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
-    print(f"{len(manifest.shards)} shards indexed; {manifest.num_samples:,} samples, {num_bytes / 1e9:,.2f} GB")
+    num_samples = counted(manifest.num_samples, "sample")
+    print(f"{counted(len(manifest.shards), 'shard')} indexed; {num_samples}, {num_bytes / 1e9:,.2f} GB")

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from vlm_dist.cli.arguments import Commands
+from vlm_dist.cli.messages import counted
 from vlm_dist.cli.shards_index import add_shard_paths, find_shards
 
 
@@ -18,8 +19,15 @@ def add_commands(commands: Commands) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print a summary of some shards."""
+    """Print a summary of some shards.
+
+    Raises:
+        DataError: some are damaged.
+    """
     from vlm_dist.data.shards.info import describe_info, sum_up
+    from vlm_dist.errors import DataError
 
     found = sum_up(find_shards(options.path), options.index_dir)
     print(json.dumps(found.as_json(), ensure_ascii=False) if options.json else describe_info(found))
+    if found.damaged:
+        raise DataError(f"{len(found.damaged)} of {counted(found.num_shards, 'shard')} damaged")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from vlm_dist.cli.arguments import Commands
+from vlm_dist.cli.messages import counted
 from vlm_dist.cli.shards_index import add_shard_paths, find_shards
 
 
@@ -69,11 +70,12 @@ def verify(options: argparse.Namespace) -> None:
         if options.report is not None:
             report.close()
     print(
-        f"read {len(done):,} shards, {sum(shard.num_samples for shard in done):,} samples, "
+        f"read {counted(len(done), 'shard')}, {counted(sum(shard.num_samples for shard in done), 'sample')}, "
         f"{sum(shard.num_bytes for shard in done) / 1e9:,.2f} GB; {sum(shard.has_index for shard in done):,} have an "
         f"index, {sum(shard.has_checksums for shard in done):,} checksums",
         file=sys.stderr,
     )
     if found:
         where = "above" if options.report is None else f"in {options.report}"
-        raise DataError(f"{len(found)} findings in {len({finding.shard for finding in found})} shards, listed {where}")
+        shards = counted(len({finding.shard for finding in found}), "shard")
+        raise DataError(f"{counted(len(found), 'finding')} in {shards}, listed {where}")

@@ -31,15 +31,18 @@ class Overdrawn:
         """What is wrong, where, and what to do.
 
         Args:
-            examples: some unusable samples, of any rank.
+            examples: some unusable samples, of any rank, as `<source>/<file>:<key or line>`.
         """
         counts = ", ".join(f"{count} {name}" for name, count in self.by_class.items() if count)
         shown = "".join(f"\n  {example}" for example in examples)
+        # only tars can be verified; of other sources each name above is a place in a file
+        find = "`vlm-dist shards verify --decode` finds the others before a run does. "
+        find_others = find if any(".tar:" in example for example in examples) else ""
         return (
             f"{sum(self.by_class.values())} of the last {self.num_samples} samples of all ranks cannot be used "
             f"({counts}), more than data.max_bad_share {self.max_share:g} allows{shown}\n"
-            "quarantine/rank-*.jsonl in output_dir names all of them (`vlm-dist quarantine OUTPUT_DIR` counts them); "
-            "`vlm-dist shards verify --decode` finds the others before a run does. "
+            "quarantine/rank-*.jsonl in output_dir names all of them, with file and line or key "
+            f"(`vlm-dist quarantine OUTPUT_DIR` sums them up). {find_others}"
             "Mend the data, or raise data.max_bad_share; then continue with train.resume=auto"
         )
 

@@ -81,6 +81,10 @@ class Source(Protocol):
     def shard_digests(self) -> Sequence[str]:
         """Hex digest of every shard's index, in shard order: names what exact token counts belong to."""
 
+    @property
+    def files(self) -> Sequence[tuple[str, str]]:
+        """Name and hex digest of every file (or table) that the source consists of: what a person can put back."""
+
     def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Length facts per row: [len(rows)] of `FACTS_DTYPE`."""
 

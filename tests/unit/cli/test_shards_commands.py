@@ -57,7 +57,7 @@ def test_index_in_parallel_names_all_damaged_shards_and_indexes_the_others(folde
     done = vlm_dist("index", folder, "--workers", 2)
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
-    assert "error: 3 of 5 shards are damaged" in done.stderr
+    assert "error: 3 of 5 shards damaged" in done.stderr
     for name, problem in (("b", "truncated after 3000 bytes"), ("d", "not a tar"), ("e", "the file is empty")):
         assert any(f"{name}.tar: {problem}" in line for line in done.stderr.splitlines())
     assert "2 of 5 shards indexed, 0 had an index; 6 samples" in done.stdout
@@ -84,7 +84,7 @@ def test_index_skips_what_is_indexed_and_adds_checksums(folder, capsys):
 
 def test_info(folder, capsys):
     assert main(["shards", "info", str(folder)]) == 0
-    assert "3 shards have no index" in capsys.readouterr().out
+    assert "3 shards without an index" in capsys.readouterr().out
     with ShardWriter(folder, "w") as writer:
         writer.write({"__key__": "v", "mp4": mp4(8), "json": {"caption": "c"}})
     main(["shards", "index", str(folder)])
@@ -226,3 +226,38 @@ def test_show_prints_and_extracts_a_sample(tmp_path, capsys):
     assert "not UTF-8" in text
     assert main(["shards", "show", str(shard), "a1"]) == 3
     assert "did you mean '../evil/a1'" in capsys.readouterr().err
+
+
+def test_info_tells_damaged_shards_from_those_without_an_index(folder, capsys):
+    (folder / "b.tar").write_bytes((folder / "b.tar").read_bytes()[:3000])
+    (folder / "d.tar").write_bytes(b"")
+    (folder / "e.tar").write_text("<!DOCTYPE html>")
+    assert main(["shards", "info", str(folder)]) == 3
+    told = capsys.readouterr()
+    assert "3 shards cannot be used:" in told.out
+    for problem in ("b.tar: truncated", "d.tar: the file is empty", "e.tar: not a tar"):
+        assert problem in told.out
+    assert "2 shards without an index" in told.out
+    assert "3 of 5 shards damaged" in told.err
+
+
+def test_show_finds_a_sample_beside_damaged_shards(folder, capsys):
+    (folder / "a.tar").write_bytes(b"")
+    assert main(["shards", "show", str(folder), "c1"]) == 0
+    told = capsys.readouterr()
+    assert "sample 2 of 3" in told.out
+    assert "a.tar: the file is empty" in told.err
+    assert main(["shards", "show", str(folder), "a1"]) == 3
+    assert "1 of 3 shards cannot be looked into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_show_says_where_it_cannot_extract(folder, capsys, place):
+    (folder / "file").write_text("")
+    assert main(["shards", "show", str(folder), "c1", "--extract", str(folder / place)]) == 3
+    assert f"--extract {folder / place}: " in capsys.readouterr().err
+
+
+def test_records_of_json_are_looked_up_by_their_line(tmp_path, capsys):
+    assert main(["shards", "show", str(tmp_path / "talks.jsonl"), "talks.jsonl:3"]) == 3
+    assert "sed -n" in capsys.readouterr().err

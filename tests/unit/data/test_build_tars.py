@@ -77,6 +77,31 @@ def test_the_same_key_twice_in_a_tar(tmp_path):
     assert [row["question"] for row in rows(tmp_path / "out")] == ["q1", "q2", "q3", "q4"]
 
 
+def test_members_that_do_not_follow_each_other_are_one_sample(tmp_path):
+    """All pictures first, then all texts; a key that comes again in whole is still another sample."""
+    samples = [sample(key, n) for n, key in enumerate("abc")]
+    members = [*(pair[0] for pair in samples), *(pair[1] for pair in samples), *sample("b", 7)]
+    for skip_bad in (False, True):
+        summary = build(write_tar(tmp_path / "a.tar", members), tmp_path / f"{skip_bad}", type="tar", skip_bad=skip_bad)
+        assert keys(tmp_path / f"{skip_bad}") == ["a", "b", "c", "b_2"]
+        made = rows(tmp_path / f"{skip_bad}")
+        assert [(row["question"], row["image"]) for row in made] == [(f"q{n}", picture(n)) for n in (0, 1, 2, 7)]
+        assert not summary.skipped
+    assert any("3 samples did not follow each other" in notice for notice in summary.notices)
+
+
+def test_a_build_that_writes_nothing_leaves_no_directory(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty"):
+        build(tmp_path / "old", tmp_path / "new" / "out", type="tar")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError, match="the file is empty"):
+        build(tmp_path / "old", tmp_path / "mine", type="tar")
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_damage(tmp_path):
     members = [*sample("a", 1), *sample("b", 2), ("c.jpg", b"<html>"), ("c.json", b"{}"), *sample("d", 4)]
     path = write_tar(tmp_path / "a.tar", [*members, ("e.jpg", picture(5)), ("e.json", b"{"), ("f.jpg", picture(6))])

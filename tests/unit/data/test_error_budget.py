@@ -66,3 +66,10 @@ def test_the_message_says_how_many_which_where_and_what_to_do():
     message = ErrorBudget(0.05).add(step(900, decode=70, crash=2)).message(["vqa/0.tar:7 (decode): cut"])
     assert "72 of the last 972 samples of all ranks cannot be used (70 decode, 2 crash)" in message
     assert "data.max_bad_share 0.05" in message and "\n  vqa/0.tar:7 (decode): cut\n" in message
+    assert "shards verify --decode" in message
+
+
+def test_what_only_tars_have_is_not_advised_for_lines_of_a_file():
+    message = ErrorBudget(0.05).add(step(900, decode=70)).message(["talks/talks.jsonl:7 (decode): a.jpg: cut"])
+    assert "shards verify" not in message
+    assert "vlm-dist quarantine OUTPUT_DIR" in message

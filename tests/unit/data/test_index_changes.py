@@ -12,6 +12,7 @@ from vlm_dist.data.index import describe, open_index
 from vlm_dist.data.index.describe import describe_shards
 from vlm_dist.data.index.open_index import load_or_scan
 from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index
+from vlm_dist.data.plan.contents import read_contents, write_contents
 from vlm_dist.data.plan.plan import Plan, PlanSettings
 from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.sources import open_source
@@ -76,13 +77,35 @@ def test_resume_is_refused_when_a_shard_was_swapped_for_one_of_the_same_size(sha
     assert read_index(shard.with_name(shard.name + INDEX_SUFFIX)).stamp == str(10**18)
 
 
+def test_a_refused_resume_names_the_files_however_often_it_is_tried(tmp_path):
+    """The first try indexes a changed shard anew; what it was is known from the run's own directory."""
+    with ShardWriter(tmp_path / "data", "s", max_samples=2) as writer:
+        for i in range(NUM_SAMPLES):
+            writer.write({"__key__": f"k{i}", "jpg": picture(i), "json": {"answer": f"a{i}"}})
+    shards = sorted((tmp_path / "data").glob("*.tar"))
+    run = tmp_path / "run"
+    run.mkdir()
+    plan = make_plan(shards[0])
+    state = plan.state(1)
+    write_contents(run, plan.contents)
+    change_bytes(shards[1], picture(2), picture(9))
+    (tmp_path / "data" / "manifest.json").unlink()
+    shards[2].rename(shards[2].with_name("t.tar"))
+    for _ in range(2):
+        with pytest.raises(CheckpointError) as refused:
+            make_plan(shards[0]).check_state(state, read_contents(run))
+        for said in ("changed: s-000001.tar", "missing: s-000002.tar", "new: t.tar", "put these files back", "adapter"):
+            assert said in str(refused.value)
+        assert "restore the values" not in str(refused.value)
+
+
 def test_a_copied_data_set_keeps_its_index(shard, monkeypatch, caplog):
     before = make_plan(shard)
     os.utime(shard, ns=(0, 10**18))
     monkeypatch.setattr(open_index, "scan_tar", None)  # would fail if it were indexed again
     with caplog.at_level(logging.INFO, "vlm_dist"):
         assert make_plan(shard).digest == before.digest
-    assert "1 shards have another time" in caplog.text
+    assert "1 shard: another time than when indexed" in caplog.text
     assert "all of their 6 samples" in caplog.text
     monkeypatch.setattr(describe, "recheck", None)
     assert make_plan(shard).digest == before.digest  # the new time was kept

@@ -96,7 +96,7 @@ def test_the_command_counts_each_sample_once(tmp_path, capsys):
         "  vqa/vqa-000.tar:a: 그림이 깨졌다 (train step 0)",
         "  vqa/vqa-000.tar:b: 그림이 깨졌다 (train step 0)",
         "  … and 1 more (--json names all)",
-        "crash: 1 samples (vqa 1)",
+        "crash: 1 sample (vqa 1)",
         "  vqa/vqa-000.tar:c: 그림이 깨졌다 (train step 0)",
     ]
     assert cli.main(["quarantine", str(tmp_path), "--json"]) == 0

@@ -151,10 +151,10 @@ def test_conditions_on_columns(tmp_path):
         source = open_source(settings_, tmp_path / "index", ["image"], ["image"])
         return [source.origin(i).key for i in range(len(source))], source.read(0).fields
 
-    assert left({"language": "== en"}) == (["0", "2", "3"], {"image": b"never looked into"})
-    assert left({"language": "!= en"})[0] == ["1"]
-    assert left({"score": ["> 3", "< 9"]})[0] == ["1", "2"]
-    assert left({"ok": "== true", "language": "== en"})[0] == ["0", "3"]
+    assert left({"language": "== en"}) == (["1", "3", "4"], {"image": b"never looked into"})
+    assert left({"language": "!= en"})[0] == ["2"]
+    assert left({"score": ["> 3", "< 9"]})[0] == ["2", "3"]
+    assert left({"ok": "== true", "language": "== en"})[0] == ["1", "4"]
 
 
 def test_a_plan_of_a_part_covers_the_part():

@@ -145,7 +145,11 @@ def test_a_streamed_data_set_is_refused(pictures):
         ({"path": "./nothing"}, "there is no ./nothing"),
         ({"name": "no-such-owner/no-such-data"}, "cannot load the data set 'no-such-owner/no-such-data'.*network"),
         ({}, "needs path"),
-        ({"data_files": "rows.xyz"}, "no ending"),
+        ({"data_files": __file__ + "*"}, "no ending"),
+        ({"data_files": {"train": ["nothing.parquet", "none/*.parquet"]}}, "there is no nothing.parquet and 1 more"),
+        ({"path": "train.parquet"}, "there is no train.parquet"),
+        ({"path": "tests/nothing"}, "there is no tests/nothing"),
+        ({"path": "data/tables/*.parquet"}, "there is no data/tables/.*folder data/tables does not.*data_files"),
     ],
 )
 def test_data_that_is_not_there(settings, message):

@@ -141,10 +141,13 @@ def test_one_missing_file_is_skipped_and_all_missing_is_an_error(tmp_path, media
 def test_a_damaged_line_is_skipped_and_a_wrong_file_is_an_error(tmp_path, media):
     source = open_source(jsonl(tmp_path / "rows.jsonl", [*ROWS, '{"image_path": "lar'], media_root=media))
     assert len(source) == 3
-    with pytest.raises(SkipSample, match=r"rows\.jsonl:3"):
+    with pytest.raises(
+        SkipSample, match=r"rows\.jsonl:3: the record is not a JSON object \(not JSON: Unterminated string"
+    ):
         source.read(2)
     for text, message in (
-        ("a\nb\n", "no JSON objects"),
+        ("a\nb\n", r"no JSON objects, first bad.json:1, bad.json:2 \(not JSON: Expecting value"),
+        ("[1]\n", "a number, not an object"),
         ("", "the file is empty"),
         ('[{"a": 1}, {]', "not a valid JSON list"),
     ):

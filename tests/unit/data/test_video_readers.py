@@ -305,3 +305,11 @@ for path in sorted(folder.glob("*.video")):
             continue
         assert np.abs(made["frames"].astype(int) - reference.frames).max() <= 2, name
         assert float(made["fps"]) == pytest.approx(reference.fps), name
+
+
+def test_where_another_library_opens_a_video_the_error_says_so():
+    with pytest.raises(SkipSample, match=r"decord: .*\. pyav, which is installed, opens it: set video_processing"):
+        decode_video(even("av1"), num_frames=2, libraries=("decord",))
+    with pytest.raises(SkipSample) as skip:
+        decode_video(even("av1")[:300], num_frames=2, libraries=("decord",))
+    assert "which is installed" not in skip.value.message

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
 from vlm_dist.data.encoding.labels import Renderer
-from vlm_dist.data.encoding.template import MessageBuilder
+from vlm_dist.data.encoding.template import MESSAGES_COLUMN, MessageBuilder
 from vlm_dist.data.media.video_readers import describe, libraries_for
 from vlm_dist.data.types import Source
 from vlm_dist.errors import ConfigError, ModelError, SkipSample
 from vlm_dist.families import Family
+
+#: What data sets call their columns of conversations.
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +71,24 @@ def check_columns(builder: MessageBuilder, sources: Sequence[Source]) -> None:
             there = "; ".join(f"{source.name} has: {', '.join(source.columns)}" for source in sources)
             problems.append(f"dataset_columns.{kind}_column: no source has a column {column!r}; {there}")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join([*problems, *_conversations_hint(builder, sources)]))
     for source in sources:
         if media and not any(column in source.columns for column in media.values()):
             log.warning("%s has no column %s: its samples are text only", source.name, " or ".join(media.values()))
+
+
+def _conversations_hint(builder: MessageBuilder, sources: Sequence[Source]) -> list[str]:
+    """Where the data has conversations, and the configuration asks for questions and answers."""
+    if MESSAGES_COLUMN in builder.text_columns:
+        return []
+    for source in sources:
+        for column in CONVERSATION_COLUMNS:
+            if column in source.columns:
+                return [
+                    f"{source.name} has a column {column!r}: if it holds conversations, set "
+                    f"dataset_columns.messages_column: {column!r} in the place of the text columns"
+                ]
+    return []
 
 
 def check_labels(config: VlmCollatorConfig, family: Family) -> None:
@@ -116,7 +134,7 @@ def choose_video_libraries(config: VlmCollatorConfig) -> tuple[str, ...]:
     chosen = config.video_processing.frame_extraction.library
     libraries = libraries_for(chosen)
     if chosen == "auto":
-        log.info("videos are read by the first of these that can open them: %s", describe(libraries))
+        _tell_once(f"videos are read by the first of these that can open them: {describe(libraries)}")
     if not config.video_processing.file_processing.convert_to_rgb:
         if "cv2" in libraries:
             log.warning(
@@ -128,6 +146,12 @@ def choose_video_libraries(config: VlmCollatorConfig) -> tuple[str, ...]:
                 "video_processing.file_processing.convert_to_rgb: false has no effect: %s gives RGB frames", chosen
             )
     return libraries
+
+
+@cache
+def _tell_once(line: str) -> None:
+    """Log a line: training and each evaluation make their own materialiser, of the same configuration."""
+    log.info("%s", line)
 
 
 def choose_pad_token(tokenizer: Any) -> int:

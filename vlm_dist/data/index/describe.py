@@ -104,8 +104,8 @@ def _recheck_all(
         num_samples = sum(len(index) for index in same.values())
         num_compared = sum(min(len(index), each) for index in same.values())
         log.info(
-            "%d shards have another time than when they were indexed; %s of their %d samples were compared and agree%s",
-            len(same),
+            "%s: another time than when indexed; %s of their %d samples were compared and agree%s",
+            _counted(len(same), "shard"),
             "all" if num_compared == num_samples else num_compared,
             num_samples,
             "" if num_compared == num_samples else f" (to compare all: vlm-dist shards verify {shlex.quote(where)})",
@@ -119,9 +119,9 @@ def _index_all(paths: Sequence[Path], sizes: Sequence[int], index_dir: Path | No
     if seconds / workers > MAX_FIRST_USE_SECONDS:
         folder = f" --index-dir {shlex.quote(str(index_dir))}" if index_dir is not None else ""
         raise DataError(
-            f"{len(paths)} shards ({sum(sizes) / 1e9:.1f} GB) have no index that fits them, and to make it takes about "
-            f"{seconds / workers / 60:.0f} minutes here, too long for the start of a run; make it once, before the "
-            f"run:\n  vlm-dist shards index {shlex.quote(where)}{folder}"
+            f"{_counted(len(paths), 'shard')} ({sum(sizes) / 1e9:.1f} GB) without an index that fits; to make it takes "
+            f"about {seconds / workers / 60:.0f} minutes here, too long for the start of a run; make it once, before "
+            f"it:\n  vlm-dist shards index {shlex.quote(where)}{folder}"
         )
     with ShardProgress("indexing", len(paths)) as progress:
         outcomes = index_shards(
@@ -135,8 +135,13 @@ def _index_all(paths: Sequence[Path], sizes: Sequence[int], index_dir: Path | No
         left = len(errors) - _MAX_LISTED
         raise DataError("\n".join(errors[:_MAX_LISTED]) + (f"\nand {left} more damaged shards" if left > 0 else ""))
     entries = [outcome.entry for outcome in outcomes if outcome.entry is not None]
-    log.info("indexed %d shards: %d samples", len(entries), sum(entry.num_samples for entry in entries))
+    num_samples = sum(entry.num_samples for entry in entries)
+    log.info("indexed %s: %s", _counted(len(entries), "shard"), _counted(num_samples, "sample"))
     return entries
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _common_pattern(paths: Sequence[Path]) -> str:

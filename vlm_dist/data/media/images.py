@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vlm_dist.data.media.named import naming
 from vlm_dist.errors import SkipSample
 
 ResizeMode = Literal["keep_aspect", "crop", "stretch"]
@@ -85,6 +86,14 @@ def decode_image(
     Raises:
         SkipSample: ("decode") it cannot be decoded, is cut, or has more than `MAX_IMAGE_PIXELS`.
     """
+    with naming(data):
+        picture = _decode(data, convert_to_rgb)
+    return resize_image(picture, resize_mode, max_size)
+
+
+def _decode(data: bytes, convert_to_rgb: bool) -> Picture:
+    if not data:
+        raise SkipSample("decode", "the image is empty: it has 0 bytes")
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures and of odd EXIF, torch of memory that it must not write to; we decide below
@@ -98,7 +107,7 @@ def decode_image(
                     picture = _as_tensor(to_rgb(image)) if convert_to_rgb else image
     except _DECODE_ERRORS as error:
         raise SkipSample("decode", f"cannot decode the image: {type(error).__name__}: {error}") from error
-    return resize_image(picture, resize_mode, max_size)
+    return picture
 
 
 def _check_pixels(size: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,13 +17,17 @@ from PIL import Image
 
 from vlm_dist.data.media.containers import HEAD_BYTES, container_of
 from vlm_dist.data.media.images import scaled_size
-from vlm_dist.data.media.video_readers import VideoReader, opener
+from vlm_dist.data.media.named import naming
+from vlm_dist.data.media.video_readers import VideoReader, is_usable, opener
 from vlm_dist.errors import DataError, SkipSample
 
 #: A frame above this, 8192 x 8192, is an error of the data, or an attack.
 MAX_FRAME_PIXELS = 2**26
 #: Of all frames that are taken from a video: 1.6 GB of RGB, or 64 frames of 4K.
 MAX_CLIP_PIXELS = 2**29
+
+
+_PLACE_IN_DECORD = re.compile(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # time, file and line of its C++ source
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ def decode_video(
             wanted.
         DataError: a library is not installed.
     """
-    with _as_path(data) as path:
+    with naming(data), _as_path(data) as path:
         reader = open_reader(path, libraries, rgb=convert_to_rgb)
         try:
             if reader.num_frames < 1:
@@ -122,7 +127,10 @@ def open_reader(path: str, libraries: Sequence[str], *, rgb: bool = True) -> Vid
         DataError: a library is not installed.
     """
     with Path(path).open("rb") as stream:
-        container = container_of(stream.read(HEAD_BYTES))
+        head = stream.read(HEAD_BYTES)
+    if not head:
+        raise SkipSample("decode", "the video is empty: it has 0 bytes")
+    container = container_of(head)
     if container is None:
         raise SkipSample("decode", "the file is no video of a known kind")
     problems = []
@@ -135,7 +143,23 @@ def open_reader(path: str, libraries: Sequence[str], *, rgb: bool = True) -> Vid
             problems.append(f"{library}: {skip.message}")
         except Exception as error:  # noqa: BLE001 - each library has errors of its own
             problems.append(f"{library}: {_in_a_line(error)}")
-    raise SkipSample("decode", f"cannot open the video: {'; '.join(problems)}")
+    raise SkipSample("decode", f"cannot open the video: {'; '.join(problems)}{_way_out(path, container, libraries)}")
+
+
+def _way_out(path: str, container: str, tried: Sequence[str]) -> str:
+    """Name a library that is installed and opens the video: decord knows no AV1, for one; empty where there is none."""
+    for library in ("pyav", "decord", "cv2"):  # torchcodec takes a second to load
+        if library in tried or not is_usable(library):
+            continue
+        try:
+            opener(library)(path, container, rgb=True).close()
+        except Exception:  # noqa: BLE001, S112 - one more that cannot
+            continue
+        return (
+            f". {library}, which is installed, opens it: set video_processing.frame_extraction.library to auto, or to "
+            f"{library}"
+        )
+    return ""
 
 
 def _check_pixels(size: tuple[int, int], num_frames: int) -> None:
@@ -151,7 +175,7 @@ def _check_pixels(size: tuple[int, int], num_frames: int) -> None:
 
 
 def _in_a_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = _PLACE_IN_DECORD.sub("", str(error).strip()).splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_dist.data.lengths import Costs, FactLengths, LengthModel
+from vlm_dist.data.plan.contents import Contents, changed_files, contents_of
 from vlm_dist.data.plan.cut import cut_padded, in_dealing_order, nodes_of, rows_per_node, share_among_nodes
 from vlm_dist.data.plan.order import ORDER_VERSION, EpochOrder, Samples, SourceShape
 from vlm_dist.data.plan.packing import pack_step
@@ -217,13 +218,22 @@ class Plan:
             }
         )
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
+    @property
+    def contents(self) -> Contents:
+        """The files of the sources."""
+        return contents_of(self._sources)
+
+    def check_state(self, state: Mapping[str, Any], before: Contents | None = None) -> None:
         """Check that a saved position belongs to this plan.
+
+        Args:
+            state: as `state` gave it.
+            before: the files that there were then, where that is known.
 
         Raises:
             CheckpointError: naming everything that has changed.
         """
-        check_same(state, self._identity())
+        check_same(state, self._identity(), lambda: {} if before is None else changed_files(before, self.contents))
 
     def _identity(self) -> dict[str, Any]:
         """All that decides which samples a step has. How long the run is does not, nor how a step is cut."""

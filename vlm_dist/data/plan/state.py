@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_dist.errors import CheckpointError
@@ -14,6 +14,13 @@ _MAX_STATE_BYTES = 1000
 _ABOUT_LENGTHS = (
     "    (lengths follow from the processor, the chat template, vlm_collator_config.yaml, data.lengths, and the "
     "versions of transformers, tokenizers and pillow)"
+)
+
+_PUT_BACK = "put these files back as they were (or the values of data.train, if those were changed)"
+_OR_DATA = " (or the data itself, where only its contents have changed)"
+_BEGIN_ANEW = (
+    "or start a new run, in another train.output_dir, from what has been learned (peft.adapter: the checkpoint's "
+    "directory)"
 )
 
 Identity = dict[str, Any]
@@ -31,8 +38,15 @@ def bounded(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def check_same(saved: Mapping[str, Any], own: Identity) -> None:
+def check_same(
+    saved: Mapping[str, Any], own: Identity, changed_files: Callable[[], Mapping[int, list[str]]] = dict
+) -> None:
     """Compare a saved state with this run's identity.
+
+    Args:
+        saved: state.
+        own: of this run.
+        changed_files: finds out which files of each source have changed, as far as that is known.
 
     Raises:
         CheckpointError: naming everything that has changed.
@@ -47,11 +61,17 @@ def check_same(saved: Mapping[str, Any], own: Identity) -> None:
     ]
     if "lengths" in own and saved.get("lengths") != own["lengths"]:
         changes.append(_ABOUT_LENGTHS)
-    changes += _source_changes(saved.get("sources"), sources)
+    files = changed_files()
+    values = [name for name in own if name != "sources" and saved.get(name) != own[name]]
+    has_other_values = bool(values) and (not files or values != ["lengths"])  # lengths follow from the files, too
+    changes += _source_changes(saved.get("sources"), sources, files, [row[0] for row in own["sources"]])
+    advice = [_PUT_BACK] if files else []
+    if has_other_values or not files:
+        advice.append("restore the values of the checkpoint" + ("" if files else _OR_DATA))
     raise CheckpointError(
         "the checkpoint's data order is not this run's; it cannot be continued exactly:\n"
         + "\n".join(changes or [f"  digest: checkpoint {saved.get('digest')}, now {digest_of(own)}"])
-        + "\nrestore the values of the checkpoint, or start a new run"
+        + f"\n{' and '.join(advice)}; {_BEGIN_ANEW}"
     )
 
 
@@ -59,10 +79,15 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _source_changes(before: Any, now: Any) -> list[str]:
-    """List how the sources differ, one line each."""
+def _source_changes(before: Any, now: Any, files: Mapping[int, list[str]], names: list[str]) -> list[str]:
+    """List how the sources differ, one line each, and under it which of its files do."""
     if not isinstance(before, list):
-        return [] if before == now else ["  sources: their names, sizes, repeats or contents have changed"]
+        if before == now:
+            return []
+        changes = ["  sources: their names, sizes, repeats or contents have changed"]
+        for i, lines in files.items():
+            changes += [f"  source {i} ({names[i]}):", *(f"    {line}" for line in lines)]
+        return changes
     changes = []
     for i in range(max(len(before), len(now))):
         old, new = (rows[i] if i < len(rows) else None for rows in (before, now))
@@ -77,4 +102,5 @@ def _source_changes(before: Any, now: Any) -> list[str]:
             if a != b
         ]
         changes.append(f"  source {i} ({new[0]}): {', '.join(parts)}")
+        changes += [f"    {line}" for line in files.get(i, ())]
     return changes

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from vlm_dist.data.index.facts import FACTS_DTYPE, member_kind
 from vlm_dist.data.index.members import media_columns, one_per_sample
 from vlm_dist.data.index.open_index import stamp_of, stat_shard
-from vlm_dist.data.index.shard_index import ShardIndex, read_index, sidecar_paths
+from vlm_dist.data.index.shard_index import TAR_BLOCK_BYTES, ShardIndex, read_index, sidecar_paths
+from vlm_dist.data.index.tar_headers import TarReader
+from vlm_dist.errors import DataError
 
 _MAX_LISTED = 20
 
@@ -58,6 +60,7 @@ class ShardSetInfo:
     columns: tuple[Column, ...]
     lengths: tuple[Spread, ...]
     not_indexed: tuple[str, ...]
+    damaged: tuple[str, ...] = ()  # what is wrong with shards without an index, as far as a look at both ends tells
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -70,6 +73,7 @@ def sum_up(paths: Sequence[Path], index_dir: Path | None = None) -> ShardSetInfo
     Raises:
         DataError: if a shard cannot be opened.
     """
+    damaged: list[str] = []
     filled: Counter[str] = Counter()
     fields: dict[str, None] = {}
     facts: list[NDArray[np.void]] = []
@@ -81,7 +85,11 @@ def sum_up(paths: Sequence[Path], index_dir: Path | None = None) -> ShardSetInfo
         num_bytes += status.st_size
         index = _index_of(path, status.st_size, index_dir)
         if index is None:
-            not_indexed.append(str(path))
+            problem = _problem_of(path)
+            if problem is None:
+                not_indexed.append(str(path))
+            else:
+                damaged.append(problem)
             continue
         num_stale += index.stamp != stamp_of(status)
         num_with_checksums += index.checksums is not None
@@ -107,6 +115,7 @@ def sum_up(paths: Sequence[Path], index_dir: Path | None = None) -> ShardSetInfo
         columns=tuple(columns),
         lengths=tuple(_spreads(all_facts)),
         not_indexed=tuple(not_indexed),
+        damaged=tuple(damaged),
     )
 
 
@@ -115,6 +124,20 @@ def _index_of(path: Path, num_bytes: int, index_dir: Path | None) -> ShardIndex 
         index = read_index(place)
         if index is not None and index.num_bytes == num_bytes:
             return index
+    return None
+
+
+def _problem_of(path: Path) -> str | None:
+    """Look at both ends of a tar: not at all of it, which may be long."""
+    try:
+        with TarReader(path) as reader:
+            next(reader.members(), None)
+            if any(reader.read(max(0, reader.num_bytes - TAR_BLOCK_BYTES), TAR_BLOCK_BYTES)):
+                return f"{path}: truncated: it has no end-of-archive block; copy or write the shard again"
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
     return None
 
 
@@ -144,14 +167,14 @@ def _spreads(facts: NDArray[np.void]) -> list[Spread]:
 def describe_info(info: ShardSetInfo) -> str:
     """Write a summary for people."""
     lines = [
-        f"{info.num_shards:,} shards, {info.num_bytes / 1e9:,.2f} GB, {info.num_samples:,} samples in "
-        f"{info.num_indexed:,} indexed shards"
+        f"{_counted(info.num_shards)}, {info.num_bytes / 1e9:,.2f} GB, {info.num_samples:,} samples in "
+        f"{_counted(info.num_indexed, 'with an index')}"
     ]
     if info.num_stale:
         lines.append(
-            f"{info.num_stale:,} shards have another time than when they were indexed (`shards verify` compares)"
+            f"{_counted(info.num_stale, 'of another time')} than the index says (`vlm-dist shards verify` compares)"
         )
-    lines.append(f"{info.num_with_checksums:,} shards have checksums of their content")
+    lines.append(_counted(info.num_with_checksums, "with checksums of all content"))
     if info.columns:
         width = max(len(column.name) for column in info.columns)
         lines += ["", f"{'column':<{width}}  filled  kind"]
@@ -163,13 +186,21 @@ def describe_info(info: ShardSetInfo) -> str:
         for row in info.lengths:
             figures = "".join(f"{value:>12,.{0 if value == round(value) else 1}f}" for value in _figures(row))
             lines.append(f"{row.name:<14}{row.num_samples:>12,}{figures}")
+    if info.damaged:
+        lines += ["", f"{_counted(len(info.damaged))} cannot be used:", *_listed(info.damaged)]
     if info.not_indexed:
-        shown = info.not_indexed[:_MAX_LISTED]
-        lines += ["", f"{len(info.not_indexed):,} shards have no index (`vlm-dist shards index` makes one):"]
-        lines += [f"  {name}" for name in shown]
-        if len(info.not_indexed) > len(shown):
-            lines.append(f"  and {len(info.not_indexed) - len(shown):,} more")
+        lines += ["", f"{_counted(len(info.not_indexed), 'without an index')} (`vlm-dist shards index` makes one):"]
+        lines += _listed(info.not_indexed)
     return "\n".join(lines)
+
+
+def _counted(count: int, which: str = "") -> str:
+    return f"{count:,} shard{'' if count == 1 else 's'}" + (f" {which}" if which else "")
+
+
+def _listed(lines: Sequence[str]) -> list[str]:
+    more = [f"  and {len(lines) - _MAX_LISTED:,} more"] if len(lines) > _MAX_LISTED else []
+    return [*(f"  {line}" for line in lines[:_MAX_LISTED]), *more]
 
 
 def _figures(row: Spread) -> tuple[float, float, float, float]:

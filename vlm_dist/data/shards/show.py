@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from vlm_dist.data.index.facts import member_kind, probe_image, probe_video
 from vlm_dist.data.index.open_index import load_or_scan
 from vlm_dist.data.index.tar_headers import TarReader
 from vlm_dist.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _MAX_TEXT = 4000
 _MAX_KEYS_COMPARED = 200_000
@@ -52,18 +55,29 @@ def find_sample(paths: Sequence[Path], key: str, index_dir: Path | None = None) 
         if not paths:
             raise DataError(f"{key!r}: there is no shard {name} among these")
     known: list[str] = []
+    damaged: list[str] = []
     for path in paths:
-        index = load_or_scan(path, index_dir)
+        try:
+            index = load_or_scan(path, index_dir)
+        except DataError as error:  # the sample may be in another one
+            damaged.append(str(error))
+            continue
         keys = index.keys.to_pylist()
         if own_key in keys:
             row = keys.index(own_key)
+            for problem in damaged:
+                log.warning("not looked into: %s", problem)
             members = dict(sorted(index.members_of(row).items(), key=lambda item: item[1]))
             return FoundSample(path, own_key, row, len(index), members)
         known.extend(keys[: max(0, _MAX_KEYS_COMPARED - len(known))])
     near = list(dict.fromkeys([*_same_base(own_key, known), *difflib.get_close_matches(own_key, known, 5, 0.5)]))[:5]
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
     example = f" Keys look like {known[0]!r}." if known and not near else ""
-    raise DataError(f"no sample has the key {own_key!r} in {len(paths)} shards{hint}{example}")
+    shards = "1 shard" if len(paths) == 1 else f"{len(paths)} shards"
+    if damaged:
+        unread = "".join(f"\n  {problem}" for problem in damaged)
+        raise DataError(f"{own_key!r} was not found; {len(damaged)} of {shards} cannot be looked into:{unread}")
+    raise DataError(f"no sample has the key {own_key!r} in {shards}{hint}{example}")
 
 
 def describe_sample(sample: FoundSample) -> Iterator[str]:
@@ -84,7 +98,12 @@ def extract_sample(sample: FoundSample, directory: Path) -> list[Path]:
     Raises:
         DataError: if a file exists already, or cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise DataError(f"--extract {directory}: is a file, not a directory") from error
+    except OSError as error:
+        raise DataError(f"--extract {directory}: cannot be made: {error.strerror}") from error
     written: list[Path] = []
     with TarReader(sample.shard) as reader:
         for extension, (offset, size) in sample.members.items():

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_dist.config.conditions import parse_conditions
-from vlm_dist.data.sources.columns import SourceSettings, setting
+from vlm_dist.data.sources.columns import SourceSettings, setting, source_name
 from vlm_dist.data.sources.filtered import FilteredSource
+from vlm_dist.data.storage.find import find_files
 from vlm_dist.data.types import Source
 from vlm_dist.errors import DataError
 
@@ -18,7 +19,31 @@ if TYPE_CHECKING:
     from vlm_dist.data.sources.tar import TarSource
     from vlm_dist.data.storage.shard_storage import CacheSettings
 
-__all__ = ["SourceSettings", "open_source"]
+__all__ = ["SourceSettings", "missing_data", "open_source"]
+
+
+def missing_data(settings: SourceSettings) -> str | None:
+    """Say what is not there of a source's local data, by a look for its files alone; None: nothing, or it is remote.
+
+    Args:
+        settings: as for `open_source`.
+    """
+    paths = setting(settings, "path", [])
+    patterns = [str(paths)] if isinstance(paths, str | Path) else [str(path) for path in paths]
+    name = source_name(settings, patterns[0] if patterns else "")
+    try:
+        if settings.type == "hf":
+            from vlm_dist.data.sources.hf_dataset import check_local
+
+            check_local(name, settings)
+            return None
+        endings = (".tar",) if settings.type == "tar" else (".jsonl", ".ndjson", ".json")
+        for pattern in patterns:
+            if "://" not in pattern and not pattern.startswith("pipe:"):
+                find_files(name, pattern, endings)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def open_source(

@@ -103,6 +103,11 @@ class ArrowSource(BlockRows):
         kept = [name for name in self._dataset.column_names if self._columns.is_kept(name)]
         self._dataset = self._dataset.select_columns(kept)
 
+    @property
+    def files(self) -> Sequence[tuple[str, str]]:
+        """The table."""
+        return [(f"rows of {self._dataset.split or self.name}", self.manifest_hash)]
+
     def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Length facts per row."""
         facts: NDArray[np.void] = self._facts[np.asarray(rows)]

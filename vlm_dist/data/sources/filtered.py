@@ -114,6 +114,11 @@ class FilteredSource:
         """Those of the whole: counts of tokens belong to whole shards."""
         return self._source.shard_digests
 
+    @property
+    def files(self) -> Sequence[tuple[str, str]]:
+        """Those of the whole."""
+        return self._source.files
+
     def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Length facts per row."""
         return self._source.facts(self._own(rows))

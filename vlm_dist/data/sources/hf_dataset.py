@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from vlm_dist.errors import DataError
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
 _FOLDER_BUILDERS = ("imagefolder", "videofolder")
 _LOCAL_PATH = re.compile(r"^[./~]")
+_FILE_ENDINGS = (*_BUILDERS, ".ndjson", ".tar", ".txt", ".gz", ".zip")
 
 
 def load_rows(name: str, settings: SourceSettings, streaming: bool = False) -> Any:
@@ -30,8 +32,7 @@ def load_rows(name: str, settings: SourceSettings, streaming: bool = False) -> A
         DataError: if it cannot be loaded, or has no such split.
     """
     path, split = setting(settings, "path"), setting(settings, "split")
-    if path is not None and _LOCAL_PATH.match(path) and not Path(path).exists():
-        raise DataError(f"{name}: there is no {path} (looked from {Path.cwd()})")
+    check_local(name, settings)
     try:
         if path is not None and _is_saved(Path(path)):
             return _choose_split(name, datasets.load_from_disk(path), split)
@@ -45,6 +46,44 @@ def load_rows(name: str, settings: SourceSettings, streaming: bool = False) -> A
         ) from error
 
 
+def check_local(name: str, settings: SourceSettings) -> None:
+    """Refuse a path of this machine that is not there: the hub, which would be asked for it, can only mislead.
+
+    Raises:
+        DataError: naming the path.
+    """
+    path, files = setting(settings, "path"), setting(settings, "data_files")
+    if path is not None and not Path(path).exists() and _is_local(path):
+        if Path(path).expanduser().exists():
+            raise DataError(f"{name}: write {path} without ~, as {Path(path).expanduser()}")
+        hint = "; patterns of files stand in data_files" if glob.has_magic(path) else ""
+        parent = Path(path).parent
+        folder = "" if parent.is_dir() else f"; its folder {parent} does not exist either"
+        raise DataError(f"{name}: there is no {path} (looked from {Path.cwd()}){folder}{hint}")
+    if files is None or path is not None or _is_of_hub(setting(settings, "name")):
+        return
+    groups = list(files.values()) if isinstance(files, Mapping) else [files]
+    named = [str(file) for group in groups for file in ([group] if isinstance(group, str | Path) else group)]
+    missing = [file for file in named if "://" not in file and not (Path(file).exists() or _matches(file))]
+    if missing:
+        more = f" and {len(missing) - 1} more of its data_files" if len(missing) > 1 else ""
+        raise DataError(f"{name}: there is no {missing[0]}{more} (looked from {Path.cwd()})")
+
+
+def _matches(pattern: str) -> bool:
+    return next(glob.iglob(pattern, recursive=True), None) is not None  # noqa: PTH207 - absolute patterns too
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path can hardly be meant for a data set of the hub (`squad`, `acme/cats`)."""
+    if "://" in path:
+        return False
+    if _LOCAL_PATH.match(path) or path.count("/") > 1 or path.lower().endswith(_FILE_ENDINGS):
+        return True
+    parent = Path(path).parent
+    return parent != Path() and parent.is_dir()
+
+
 def _builder_and_files(name: str, settings: SourceSettings) -> tuple[str, Any]:
     """Return the first argument of `load_dataset` and its `data_files`."""
     path, files = setting(settings, "path"), setting(settings, "data_files")
@@ -53,9 +92,14 @@ def _builder_and_files(name: str, settings: SourceSettings) -> tuple[str, Any]:
     target = path or setting(settings, "name")
     if files is None or (path is not None and Path(path).exists()):
         return str(target), files
-    if target is not None and ("/" in target or target in _BUILDERS.values() or target in _FOLDER_BUILDERS):
+    if _is_of_hub(target):
         return str(target), files
     return _builder_of(name, files), files  # the name is only a label
+
+
+def _is_of_hub(target: Any) -> bool:
+    """Whether a name is that of a data set, or of a builder, and not only a label."""
+    return target is not None and ("/" in target or target in _BUILDERS.values() or target in _FOLDER_BUILDERS)
 
 
 def _builder_of(name: str, files: Any) -> str:

@@ -6,11 +6,11 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from vlm_dist.data.index.facts import SampleFacts
 from vlm_dist.data.index.manifest import Manifest, ShardEntry
 from vlm_dist.data.index.shard_index import SampleSpan, ShardIndex, build_index, keep_index, read_index, sidecar_paths
 from vlm_dist.data.sources.columns import ColumnNames, SourceSettings, build_command, setting, source_name
+from vlm_dist.data.sources.json_records import RecordPlaces, json_records, parse_record, record_problem
 from vlm_dist.data.sources.media import MediaColumns, MediaRoot
 from vlm_dist.data.sources.rows import BlockRows, limited_sizes
 from vlm_dist.data.storage.find import find_files
@@ -27,7 +28,8 @@ from vlm_dist.data.types import RawSample, SampleOrigin
 from vlm_dist.errors import DataError, SkipSample
 
 _RECORD = "record"
-_SPACE = " \t\r\n"
+_STAMP_VERSION = 2  # of what an index of records remembers
+_MAX_EXAMPLES = 3
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +58,14 @@ class JsonSource(BlockRows):
         self._files = OpenFiles(paths)
         self._spans = [np.stack([index.offsets[_RECORD], index.sizes[_RECORD]], axis=1) for index in indexes]
         self._facts = np.concatenate([index.facts for index in indexes])
+        self._places = [RecordPlaces.of_notes(index.notes) for index in indexes]
         media_names = {column for index in indexes for column in index.notes["media_columns"]}
         fields = dict.fromkeys(field for index in indexes for field in index.json_fields)
         *self._starts, num_rows = [0, *accumulate(limited_sizes([len(index) for index in indexes], max_samples))]
         # where the facts of each file start: of all of its records, while a source of max_samples has fewer rows
         self._shifts = np.cumsum([0, *map(len, self._spans[:-1])]) - np.asarray(self._starts)
         entries = (ShardEntry.of(path.name, index) for path, index in zip(paths, indexes, strict=True))
+        self._named_digests = [(path.name, index.digest) for path, index in zip(paths, indexes, strict=True)]
         digest = Manifest(tuple(entries)).hash + ("" if max_samples is None else f":{max_samples}")
         super().__init__(name, ColumnNames(name, list(fields), renames), num_rows, digest, media, media_names)
 
@@ -83,6 +87,11 @@ class JsonSource(BlockRows):
         media = MediaColumns(root, declared)
         return cls(name, paths, indexes, media, renames, setting(settings, "max_samples"))
 
+    @property
+    def files(self) -> Sequence[tuple[str, str]]:
+        """Name and digest of every file."""
+        return self._named_digests
+
     def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Length facts per row."""
         rows = np.asarray(rows)
@@ -91,23 +100,24 @@ class JsonSource(BlockRows):
         return facts
 
     def origin(self, index: int) -> SampleOrigin:
-        """Say where a record is: its file and its number in it, from 0."""
+        """Say where a record is: its file, and its line in it or, in a list, its number; both from 1."""
         number, row = self._locate(index)
-        return SampleOrigin(self.name, Path(self._files.paths[number]).name, str(row))
+        return SampleOrigin(self.name, Path(self._files.paths[number]).name, self._places[number](row))
 
     def read(self, index: int) -> RawSample:
         """Read one record and the files of its media columns.
 
         Raises:
-            SkipSample: if the record is no JSON object or a media file does not exist.
-            DataError: if the storage fails or a path is refused.
+            SkipSample: if the record is no JSON object, a media file does not exist, or its path is refused.
+            DataError: if the storage fails.
         """
         number, row = self._locate(index)
         origin = self.origin(index)
         offset, size = self._spans[number][row].tolist()
-        record = parse_record(self._files.read(number, offset, size))
+        data = self._files.read(number, offset, size)
+        record = parse_record(data)
         if record is None:
-            raise SkipSample("bad_sample", f"{origin}: the record is not a JSON object")
+            raise SkipSample("bad_sample", f"{origin}: the record is not a JSON object ({record_problem(data)})")
         return self._sample(record, origin)
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -132,7 +142,13 @@ def _load_or_scan(
     """Read a file's index, or make it and keep it under `index_dir`, else beside the file."""
     status = path.stat()
     stamp = json.dumps(
-        [status.st_size, status.st_mtime_ns, str(root.root and root.root.resolve()), declared and sorted(declared)]
+        [
+            _STAMP_VERSION,
+            status.st_size,
+            status.st_mtime_ns,
+            str(root.root and root.root.resolve()),
+            declared and sorted(declared),
+        ]
     )
     places = sidecar_paths(path, index_dir)[::-1]
     for place in places:
@@ -147,74 +163,36 @@ def _load_or_scan(
 def _scan(name: str, path: Path, media: MediaColumns) -> ShardIndex:
     where = f"{name}: {path}"
     spans: list[SampleSpan] = []
-    num_bad = 0
+    places = RecordPlaces.to_fill()
+    bad: list[int] = []
+    problem = ""  # of the first bad one
     content = hashlib.sha256()
-    for offset, data in json_records(where, path):
-        content.update(data)
-        record = parse_record(data)
+    for row, stored in enumerate(json_records(where, path)):
+        content.update(stored.data)
+        places.add(stored)
+        record = parse_record(stored.data)
         if record is None:
-            num_bad += 1
+            bad.append(row)
+            problem = problem or record_problem(stored.data)
             facts = SampleFacts()
-            facts.add_text(len(data))
+            facts.add_text(len(stored.data))
         else:
-            facts = media.facts_of(record)
-        spans.append(SampleSpan("", {_RECORD: (offset, len(data))}, facts.row, tuple(record or ())))
+            facts = media.facts_of(record, f"{path.name}:{places(row)}")
+        span = (stored.offset, len(stored.data))
+        spans.append(SampleSpan("", {_RECORD: span}, facts.row, tuple(record or ())))
     if not spans:
-        raise DataError(f"{where}: the file has no records")
-    if 2 * num_bad > len(spans):
+        raise DataError(f"{where}: the file {'is empty' if path.stat().st_size == 0 else 'has no records'}")
+    first = ", ".join(f"{path.name}:{places(row)}" for row in bad[:_MAX_EXAMPLES]) + f" ({problem})"
+    if 2 * len(bad) > len(spans):
         raise DataError(
-            f"{where}: {num_bad} of {len(spans)} records are no JSON objects; expected one object per line, or a list"
+            f"{where}: {len(bad)} of {len(spans)} records are no JSON objects, first {first}; expected one object per "
+            "line, or a list"
         )
-    if num_bad:
-        log.warning("%s: %d of %d records are no JSON objects and will be skipped", where, num_bad, len(spans))
+    if bad:
+        log.warning(
+            "%s: %d of %d records are no JSON objects and will be skipped, first %s",
+            where, len(bad), len(spans), first,
+        )  # fmt: skip
     media.check_missing(where)
-    notes = {"media_columns": sorted(media.names), "content": content.hexdigest()}
+    notes = {"media_columns": sorted(media.names), "content": content.hexdigest(), **places.notes}
     return build_index(spans, path.stat().st_size, notes)
-
-
-def json_records(where: str, path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, bytes) of every line that is not empty, or of every element of a list."""
-    if path.name.endswith((".gz", ".zst", ".xz", ".bz2")):
-        raise DataError(f"{where}: compressed files cannot be read by offset; decompress it")
-    with path.open("rb") as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        stream.seek(0)
-        if start.startswith(b"["):
-            yield from _list_elements(where, stream.read())
-            return
-        offset = 0
-        for line in stream:
-            record = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
-            if record.strip():
-                yield offset + len(line) - len(record), record.rstrip()
-            offset += len(line)
-
-
-def _list_elements(where: str, data: bytes) -> Iterator[tuple[int, bytes]]:
-    decoder = json.JSONDecoder()
-    try:
-        text = data.decode("utf-8")
-        position = text.index("[") + 1
-        offset = len(text[:position].encode())  # in bytes, while positions are in characters
-        while True:
-            start = position
-            while position < len(text) and text[position] in _SPACE + ",":
-                position += 1
-            offset += position - start  # separators are ASCII
-            if text[position : position + 1] == "]":
-                return
-            _, stop = decoder.raw_decode(text, position)
-            element = text[position:stop].encode()
-            yield offset, element
-            position, offset = stop, offset + len(element)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a valid JSON list: {error}") from error
-
-
-def parse_record(data: bytes) -> dict[str, Any] | None:
-    """Parse one record; None where it is no JSON object."""
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None

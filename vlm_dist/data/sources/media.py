@@ -9,14 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.index.facts import SampleFacts, media_kind, text_bytes
+from vlm_dist.data.media.named import NamedBytes
 from vlm_dist.data.storage.open_files import with_retries
 from vlm_dist.data.storage.remote.urls import shown
 from vlm_dist.errors import DataError, SkipSample
 
 _MAX_PATH_BYTES = 4096
 _MAX_NAME_BYTES = 255
+_MAX_EXAMPLES = 3
 
 log = logging.getLogger(__name__)
+
+
+class OutsideRoot(SkipSample):
+    """A media path leads where nothing may be read: its sample is damaged, or worse.
+
+    Args:
+        message: names the path and the folder.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("bad_sample", message)
 
 
 class MediaRoot:
@@ -46,11 +59,12 @@ class MediaRoot:
         """Return the file that a media path means.
 
         Raises:
+            OutsideRoot: for a path outside the root, symbolic links followed.
             SkipSample: no file system takes it for a path.
-            DataError: for a URL and for a path outside the root, symbolic links followed.
+            DataError: for a URL, and where there is no root.
         """
         if not _can_be_path(value):
-            raise SkipSample("bad_sample", f"{value[:60]!r} is no path of a media file")
+            raise _no_path(value)
         if "://" in value:
             raise DataError(
                 f"{self._where}: {shown(value)!r} is a URL; training fetches no media. "
@@ -62,7 +76,7 @@ class MediaRoot:
             )
         real = os.path.realpath(os.path.join(self._real, value))  # noqa: PTH118 - Path would cost more per sample
         if os.path.commonpath([real, self._real]) != self._real:
-            raise DataError(
+            raise OutsideRoot(
                 f"{self._where}: {value!r} leads out of media_root {self.root}; "
                 "media must lie under it, also behind symbolic links"
             )
@@ -72,13 +86,16 @@ class MediaRoot:
         """Return the file that a path means which the data set's builder wrote.
 
         Raises:
-            DataError: for a path outside the root, or without one outside the data set's own folders.
+            OutsideRoot: for a path outside the root, or without one outside the data set's own folders.
+            SkipSample: no file system takes it for a path.
         """
         if self._real is not None or "://" in value:
             return self.resolve(value)
+        if not _can_be_path(value):
+            raise _no_path(value)
         real = os.path.realpath(value)
         if not any(os.path.commonpath([real, folder]) == folder for folder in self._own_real):
-            raise DataError(
+            raise OutsideRoot(
                 f"{self._where}: {value!r} is neither in the data set's own folder nor in the cache of `datasets`; "
                 "set media_root to the folder that holds its media"
             )
@@ -120,23 +137,28 @@ class MediaColumns:
         self.seen: dict[str, bool] = {}  # column -> is it media
         self.num_files = 0
         self.missing: list[str] = []
+        self.outside: list[str] = []
 
     @property
     def names(self) -> frozenset[str]:
         """The media columns found so far."""
         return frozenset(name for name, is_media in self.seen.items() if is_media)
 
-    def facts_of(self, row: Mapping[str, Any]) -> SampleFacts:
+    def facts_of(self, row: Mapping[str, Any], place: str = "") -> SampleFacts:
         """Collect the length facts of a row, and learn its media columns.
 
+        Args:
+            row: of the data.
+            place: names it to a person.
+
         Raises:
-            DataError: if a path is a URL or leads out of the root.
+            DataError: if a path is a URL, or there is no root for it.
         """
         facts = SampleFacts()
         for column, value in row.items():
             if self._is_media(column, value):
                 for item in _items(value):
-                    self._add(facts, column, item)
+                    self._add(facts, column, item, place)
             else:
                 facts.add_text(text_bytes(value))
         return facts
@@ -146,7 +168,23 @@ class MediaColumns:
         return {column: self._load(column, value) if column in names else value for column, value in row.items()}
 
     def check_missing(self, where: str) -> None:
-        """Refuse data whose media are all missing; tell how many are missing otherwise."""
+        """Refuse data whose media are all missing or out of reach; tell of some otherwise.
+
+        Raises:
+            DataError: not one of the media files can be read.
+        """
+        if self.outside and len(self.outside) == self.num_files:
+            raise DataError(
+                f"all {self.num_files} media files are out of reach: {self.outside[0]}; "
+                "set media_root to a folder that holds them all"
+            )
+        if self.outside:
+            log.warning(
+                "%s: %d of %d media files are out of reach; their samples are skipped:%s%s",
+                where, len(self.outside), self.num_files,
+                "".join(f"\n  {_printable(path)}" for path in self.outside[:_MAX_EXAMPLES]),
+                "\n  …" if len(self.outside) > _MAX_EXAMPLES else "",
+            )  # fmt: skip
         if self.missing and len(self.missing) == self.num_files:
             raise DataError(
                 f"{where}: none of the {self.num_files} media files exists, e.g. {self.missing[0]}; "
@@ -173,7 +211,7 @@ class MediaColumns:
             self.seen[column] = known
         return known
 
-    def _add(self, facts: SampleFacts, column: str, item: Any) -> None:
+    def _add(self, facts: SampleFacts, column: str, item: Any, place: str) -> None:
         source: bytes | Path
         kind = self.typed.get(column)
         if isinstance(item, bytes):
@@ -182,18 +220,23 @@ class MediaColumns:
             self.num_files += 1
             try:
                 source, kind = self._path(column, item), kind or media_kind(item)
-            except SkipSample:  # the sample is skipped when it is read
-                self.missing.append(_printable(item[:60]))
+            except OutsideRoot as error:  # the sample is skipped when it is read
+                self.outside.append(f"{error.message} ({place})" if place else error.message)
                 return
+            except SkipSample:
+                self.missing.append(_at(place, item[:60]))
+                return
+            except DataError as error:
+                raise DataError(f"{error} (first in {place})" if place else str(error)) from error
             if not source.is_file():
-                self.missing.append(_printable(item))
+                self.missing.append(_at(place, item))
         else:
             return
         (facts.add_video if kind == "video" else facts.add_image)(source)
 
     def _load(self, column: str, value: Any) -> Any:
         if isinstance(value, str):
-            return self.root.read(self._path(column, value))
+            return NamedBytes.of(self.root.read(self._path(column, value)), _printable(value))
         if isinstance(value, list | tuple):
             return [self._load(column, item) for item in value]
         return value
@@ -202,9 +245,18 @@ class MediaColumns:
         return self.root.resolve_own(value) if column in self.typed else self.root.resolve(value)
 
 
+def _at(place: str, path: str) -> str:
+    """A path and the record that names it."""
+    return _printable(f"{path} ({place})" if place else path)
+
+
 def _printable(path: str) -> str:
     """A path as any terminal or log file can show it: half of a surrogate pair has no bytes in UTF-8."""
     return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _no_path(value: str) -> SkipSample:
+    return SkipSample("bad_sample", f"{value[:60]!r} is no path of a media file")
 
 
 def _can_be_path(value: str) -> bool:

@@ -100,6 +100,11 @@ class TarSource(Rows):
         """Digest of every shard's index."""
         return self._digests
 
+    @property
+    def files(self) -> Sequence[tuple[str, str]]:
+        """Name and digest of every shard."""
+        return [(self._storage.name(shard), digest) for shard, digest in enumerate(self._digests)]
+
     def facts(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Length facts per row, from the indexes."""
         shards, within = self.locate(rows)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlm_dist.config.masking import masked
 from vlm_dist.errors import DataError
 
+#: Endings of shards that cannot be read by offset, and are unpacked once.
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+
+_MAX_NAMED = 3
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+
+log = logging.getLogger(__name__)
 
 
 def find_files(where: str, pattern: str, endings: tuple[str, ...]) -> list[Path]:
@@ -34,11 +42,14 @@ def find_files(where: str, pattern: str, endings: tuple[str, ...]) -> list[Path]
         )
     found: list[Path] = []
     missing: list[str] = []
+    unread: list[Path] = []
     # a file or folder of just this name is meant before a pattern is
     for text in [pattern] if Path(pattern).expanduser().exists() else expand_braces(pattern):
         path = Path(text).expanduser()
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.name.endswith(endings) and not p.name.startswith("."))
+            listed = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+            files = [p for p in listed if p.name.endswith(endings)]
+            unread += _like_shards(listed, endings)
         elif glob.has_magic(text) and not path.exists():
             files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - absolute patterns too
             files = [p for p in files if p.is_file()]
@@ -50,10 +61,34 @@ def find_files(where: str, pattern: str, endings: tuple[str, ...]) -> list[Path]
     if not found:
         raise DataError(
             f"{where}: no {' or '.join(endings)} files found for {pattern!r} (looked in {_folder(pattern)})"
+            + (f"; {_how_to_read(unread)}" if unread else "")
         )
+    if unread:
+        log.warning("%s: %s", where, _how_to_read(unread))
     if missing:
         raise DataError(f"{where}: {len(missing)} of the files that {pattern!r} names do not exist, first {missing[0]}")
     return list(dict.fromkeys(found))
+
+
+def _like_shards(listed: Sequence[Path], endings: tuple[str, ...]) -> list[Path]:
+    """List the files of a directory of shards that are shards by their names, but not by those of plain tars."""
+    if endings != (".tar",):
+        return []
+    return [p for p in listed if not p.name.endswith(".tar") and p.name.lower().endswith((".tar", *COMPRESSED))]
+
+
+def _how_to_read(unread: Sequence[Path]) -> str:
+    names = ", ".join(path.name for path in unread[:_MAX_NAMED]) + (", …" if len(unread) > _MAX_NAMED else "")
+    compressed = [path for path in unread if path.name.endswith(COMPRESSED)]
+    ways = []
+    if compressed:
+        ending = next(ending for ending in COMPRESSED if compressed[0].name.endswith(ending))
+        pattern = str(compressed[0].parent / f"*{ending}")
+        ways.append(f"name compressed shards by a pattern, in a source of their own (path: {pattern!r})")
+    if len(compressed) < len(unread):
+        ways.append("rename files so that they end in small letters (.tar)")
+    counted = "1 file is" if len(unread) == 1 else f"{len(unread)} files are"
+    return f"{counted} not read ({names}): a directory stands for its *.tar alone; {'; '.join(ways)}"
 
 
 def expand_braces(pattern: str) -> list[str]:

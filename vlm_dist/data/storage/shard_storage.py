@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vlm_dist.data.index.describe import describe_shards
 from vlm_dist.data.index.manifest import Manifest
 from vlm_dist.data.index.shard_index import ShardIndex
-from vlm_dist.data.storage.find import find_files
+from vlm_dist.data.storage.find import COMPRESSED, find_files
 from vlm_dist.data.storage.local_shards import LocalShards
 from vlm_dist.errors import DataError
 
@@ -57,10 +57,6 @@ class ShardStorage(Protocol):
         """Be told what will be read soon: shard -> [n, 2] start and stop in bytes, the nearest shard first."""
 
 
-#: Endings of shards that cannot be read by offset, and are unpacked once.
-COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
-
-
 def is_remote(pattern: str) -> bool:
     """Whether a path is a URL."""
     return "://" in pattern and not pattern.startswith("pipe:")
@@ -83,7 +79,12 @@ def open_storage(
     if any(map(is_remote, patterns)):
         from vlm_dist.data.storage.remote.shards import open_remote_shards
 
-        return open_remote_shards(where, patterns, index_dir, cache)
+        try:
+            return open_remote_shards(where, patterns, index_dir, cache)
+        except DataError as error:  # a URL alone does not say which of the sources it belongs to
+            if str(error).startswith(f"{where}: "):
+                raise
+            raise DataError(f"{where}: {error}") from error
     if any(pattern.startswith("pipe:") or pattern.endswith(COMPRESSED) for pattern in patterns):
         from vlm_dist.data.storage.spool import spool_shards
 

@@ -25,10 +25,10 @@ from typing import IO, Any
 
 from vlm_dist.config.masking import masked
 from vlm_dist.data.index.tar_headers import TarReader
-from vlm_dist.data.storage.find import expand_braces, find_files
+from vlm_dist.data.storage.find import COMPRESSED, expand_braces, find_files
 from vlm_dist.data.storage.remote.shard_cache import SPOOL, NoRoomError, ShardCache
 from vlm_dist.data.storage.remote.urls import digest_of
-from vlm_dist.data.storage.shard_storage import COMPRESSED, CacheSettings
+from vlm_dist.data.storage.shard_storage import CacheSettings
 from vlm_dist.errors import DataError
 
 PIPE = "pipe:"

@@ -91,13 +91,18 @@ def libraries_for(library: str) -> tuple[str, ...]:
                 f"video_processing.frame_extraction.library is {library}, but {problem}; {_LIBRARIES[library].fix}"
             )
         return (library,)
-    usable = tuple(name for name in AUTO_ORDER if _problem(name) is None)
+    usable = tuple(filter(is_usable, AUTO_ORDER))
     if not usable:
         raise ConfigError(
             "video_processing.frame_extraction.library is auto, but no library for videos is installed; "
             + _LIBRARIES["pyav"].fix
         )
     return usable
+
+
+def is_usable(name: str) -> bool:
+    """Whether a library can be loaded here."""
+    return _problem(name) is None
 
 
 def describe(names: Sequence[str]) -> str:

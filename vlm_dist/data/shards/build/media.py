@@ -12,7 +12,7 @@ from vlm_dist.data.shards.build.bad_records import BadRecord
 from vlm_dist.data.shards.build.fetch import Fetcher, is_url, shown_url
 from vlm_dist.data.shards.build.records import Held
 from vlm_dist.data.shards.build.sniff import describe_content, sniff_format
-from vlm_dist.data.sources.media import MediaRoot
+from vlm_dist.data.sources.media import MediaRoot, OutsideRoot
 from vlm_dist.errors import DataError, SkipSample
 
 
@@ -92,11 +92,15 @@ class MediaReader:
 
     def _path(self, item: str, is_typed: bool) -> Path:
         is_own = is_typed and (os.path.isabs(item) or self._root.root is None)  # noqa: PTH117 - once per media item
-        if not is_own and self._root.root is None:
-            return self._root.resolve(item)  # tells that there is no folder
         try:
             return self._own.resolve_own(item) if is_own else self._root.resolve(item)
-        except (DataError, ValueError) as error:  # ValueError: a path with a zero byte
+        except OutsideRoot as error:
+            raise BadRecord("outside", error.message) from error
+        except SkipSample as error:
+            raise BadRecord("missing_media", error.message) from error
+        except DataError as error:
+            if not is_own and self._root.root is None:
+                raise  # there is no folder, for any record
             raise BadRecord("outside", str(error)) from error
 
     def _check_root(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlm_dist.data.shards.build.settings import BuildSettings
-from vlm_dist.data.sources.jsonl import json_records, parse_record
+from vlm_dist.data.sources.json_records import RecordPlaces, json_records, parse_record, record_problem
 from vlm_dist.data.storage.find import find_files
 from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.errors import DataError
@@ -27,12 +27,14 @@ class Record:
         where: says to a person where it is.
         fields: column (or tar member) -> value; None where it is damaged.
         key: what the source itself calls it.
+        problem: why it is damaged.
     """
 
     number: int
     where: str
     fields: dict[str, Any] | None
     key: str | None = None
+    problem: str = ""
 
 
 class Held:
@@ -91,15 +93,18 @@ class JsonRecords:
         self._paths = paths
         self._files = OpenFiles(paths)
         spans: list[tuple[int, int, int]] = []
+        self._places: list[RecordPlaces] = []
         content = hashlib.sha256()
         for number, path in enumerate(paths):
             before = len(spans)
-            for offset, data in json_records(str(path), path):
-                content.update(data)
-                spans.append((number, offset, len(data)))
+            self._places.append(RecordPlaces.to_fill())
+            for record in json_records(str(path), path):
+                content.update(record.data)
+                spans.append((number, record.offset, len(record.data)))
+                self._places[-1].add(record)
             content.update(f"{len(spans) - before}".encode())
         if not spans:
-            raise DataError(f"{pattern}: no records")
+            raise DataError(f"{pattern}: {'the file is empty' if _are_empty(paths) else 'no records'}")
         self._spans = np.array(spans, dtype=np.int64)
         self._first = np.searchsorted(self._spans[:, 0], np.arange(len(paths)))  # number of a file's first record
         self.stamp = content.hexdigest()[:32]
@@ -110,12 +115,18 @@ class JsonRecords:
     def read(self, number: int) -> Record:
         """Read one record."""
         file, offset, size = self._spans[number].tolist()
-        where = f"{self._paths[file].name}, record {number - int(self._first[file]) + 1}"
-        return Record(number, where, parse_record(self._files.read(file, offset, size)))
+        where = f"{self._paths[file].name}:{self._places[file](number - int(self._first[file]))}"
+        data = self._files.read(file, offset, size)
+        fields = parse_record(data)
+        return Record(number, where, fields, problem=record_problem(data) if fields is None else "")
 
     def outline(self, numbers: Sequence[int]) -> Iterator[Record]:
         """Read records; JSON holds no bytes."""
         return map(self.read, numbers)
+
+
+def _are_empty(paths: Sequence[Path]) -> bool:
+    return len(paths) == 1 and paths[0].stat().st_size == 0
 
 
 def stamp_of_files(paths: Sequence[Path]) -> str:

@@ -173,7 +173,8 @@ class RowMaker:
 
     def _renamed(self, record: Record) -> dict[str, Any]:
         if record.fields is None:
-            raise BadRecord("malformed", "the record is not a JSON object")
+            reason = f" ({record.problem})" if record.problem else ""
+            raise BadRecord("malformed", f"the record is not a JSON object{reason}")
         renamed = {self._own_to_new.get(name, name): value for name, value in record.fields.items()}
         return {name: value for name, value in renamed.items() if name not in self._settings.drop}
 

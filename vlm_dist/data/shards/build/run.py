@@ -149,6 +149,8 @@ def _notices(records: Records) -> list[str]:
         notices.append(f"{num_other} tar members are no part of a sample (no extension, or links) and were left out")
     if num_repaired := getattr(records, "num_repaired", 0):
         notices.append(f"{num_repaired} keys had a dot; it is `_` now")
+    if num_joined := getattr(records, "num_joined", 0):
+        notices.append(f"the members of {num_joined} samples did not follow each other; they do now")
     return notices
 
 

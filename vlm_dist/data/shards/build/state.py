@@ -122,11 +122,12 @@ def remove_leavings(settings: BuildSettings) -> None:
 
 @contextmanager
 def only_build(directory: Path) -> Iterator[None]:
-    """Hold a directory against other builds, which would write the same manifest.
+    """Hold a directory against other builds, which would write the same manifest; it is made if it is missing.
 
     Raises:
         DataError: another build holds it.
     """
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     make_directory(directory)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -141,3 +142,8 @@ def only_build(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        for folder in made:  # a build that ends before it has written anything leaves nothing behind
+            try:
+                folder.rmdir()
+            except OSError:
+                break

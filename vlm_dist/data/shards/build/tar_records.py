@@ -30,7 +30,8 @@ class TarRecords:
 
     Members that follow each other with one key are a sample; the key ends at the first dot of the base name. Where that
     gives something impossible (`img_1.5x.jpg`, `img_1.7x.jpg`: the dot belongs to the key) it ends at the last dot.
-    A member that a sample has already begins the next sample.
+    A member that a sample has already begins the next sample. Members of one key that other samples' members stand
+    between are one sample all the same, as in a tar that has all pictures first.
 
     Args:
         pattern: directory, file, glob or brace pattern.
@@ -43,6 +44,7 @@ class TarRecords:
         damaged: tars of which only a part can be used, each with the reason.
         num_other: members that are no part of a sample (no extension, links), and are left out.
         num_repaired: samples whose key had a dot.
+        num_joined: samples whose members did not follow each other.
     """
 
     def __init__(self, pattern: str, skip_bad: bool) -> None:
@@ -57,20 +59,27 @@ class TarRecords:
         self.damaged: list[tuple[Path, str]] = []
         self.num_other = 0
         self.num_repaired = 0
+        self._joined: set[int] = set()
+        self._last: dict[str, int] = {}  # key -> number of its last sample, within the tar that is scanned
         self._keys: list[str] = []
         self._tars = array("l")
         self._layouts = array("l")  # of each sample: which extensions it has
         self._starts = array("q")  # of each sample: where its spans begin
         self._spans = array("q")  # offset, size, offset, size, …
         self._layout_numbers: dict[tuple[str, ...], int] = {}
+        self._layout_names: list[tuple[str, ...]] = []
         for number, path in enumerate(paths):
             self._scan(number, path, skip_bad)
-        self._layout_names = list(self._layout_numbers)
         if not self._keys:
             raise DataError(f"{pattern}: no samples (members named <key>.<extension>) in {len(paths)} tars")
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    @property
+    def num_joined(self) -> int:
+        """See above."""
+        return len(self._joined)
 
     def read(self, number: int) -> Record:
         """Read a sample's members."""
@@ -95,6 +104,7 @@ class TarRecords:
 
     def _scan(self, number: int, path: Path, skip_bad: bool) -> None:
         open_key, group = "", list[tuple[str, TarMember]]()
+        self._last = {}
         try:
             with TarReader(path) as reader:
                 for member in reader.members():
@@ -143,13 +153,27 @@ class TarRecords:
             self._add(tar, key, members)
 
     def _add(self, tar: int, key: str, group: list[tuple[str, TarMember]]) -> None:
-        layout = tuple(extension for extension, _ in group)
-        self._keys.append(key)
-        self._tars.append(tar)
-        self._layouts.append(self._layout_numbers.setdefault(layout, len(self._layout_numbers)))
-        self._starts.append(len(self._spans))
-        for _, member in group:
-            self._spans.extend((member.offset, member.size))
+        spans = [(extension, member.offset, member.size) for extension, member in group]
+        number = self._last.get(key)
+        if number is None or self._has_any(number, {extension for extension, _ in group}):
+            number = self._last[key] = len(self._keys)
+            self._keys.append(key)
+            self._tars.append(tar)
+            self._layouts.append(0)
+            self._starts.append(0)
+        else:
+            spans = [*self._members(number), *spans]  # where they stood is given up
+            self._joined.add(number)
+        layout = tuple(extension for extension, _, _ in spans)
+        self._layouts[number] = self._layout_numbers.setdefault(layout, len(self._layout_numbers))
+        if len(self._layout_names) < len(self._layout_numbers):
+            self._layout_names.append(layout)
+        self._starts[number] = len(self._spans)
+        for _, offset, size in spans:
+            self._spans.extend((offset, size))
+
+    def _has_any(self, number: int, extensions: set[str]) -> bool:
+        return not extensions.isdisjoint(self._layout_names[self._layouts[number]])
 
 
 def check_text_members(members: dict[str, bytes]) -> None:

@@ -52,7 +52,10 @@ def with_backoff(what: str, action: Callable[[], _T], progress: Callable[[], int
                 attempt, reached = 0, progress()
             attempt += 1
             if attempt >= ATTEMPTS:
-                raise DataError(f"{what}: given up after {ATTEMPTS} attempts: {error}") from error
+                raise DataError(
+                    f"{what}: given up after {ATTEMPTS} attempts: {error}; see that the server is up and reachable "
+                    "from this machine, then start again (a run goes on from its checkpoint with train.resume=auto)"
+                ) from error
             pause = min(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
             pause = max(pause, min(error.retry_after_seconds, LONGEST_PAUSE_SECONDS))
             log.info("%s: %s; asking again in %.1f s", what, error, pause)
