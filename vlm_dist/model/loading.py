@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from vlm_dist.errors import ConfigError, ModelError
-from vlm_dist.model.loading_errors import check_present, translated
+from vlm_dist.model.checkpoint_files import read_json
+from vlm_dist.model.conversion import converter_of, native_directory
+from vlm_dist.model.loading_errors import check_present, is_local, translated
+from vlm_dist.model.patch_embedding import use_matrix_products
+from vlm_dist.model.phi3_vision import Phi3VisionProcessor, is_phi3_vision, tame
 from vlm_dist.model.processor_params import apply_processor_params, split_processor_params
 from vlm_dist.model.registry import resolve_class
+from vlm_dist.model.remote_code import default_attention, is_remote, made_ready, make_parts_known, recompute_buffers
 
 if TYPE_CHECKING:
     from vlm_dist.config.vlm_model import LoadingParams, ModelClassEntry, ProcessorParams
@@ -74,18 +80,17 @@ def load_processor(
     params = _as_dict(processor_params)
     trust_remote_code = bool(params.pop("trust_remote_code", False))
     revision = params.pop("revision", None) or _as_dict(loading_params).get("revision")
-    model_id = str(Path(model_id).expanduser()) if model_id.startswith("~") else model_id
-    check_present(model_id, revision, weights=False, processor=True)
-    processor_class = resolve_class(
-        entry, "processor_class", model_id, trust_remote_code=trust_remote_code, revision=revision
-    )
+    found = _find(model_id, entry, "processor_class", trust_remote_code, revision)
+    model_id, revision, processor_class = found.source, found.revision, found.loaded_by
     own, of_parts = split_processor_params(processor_class, params)
     with translated(model_id, revision, "load the processor of"):
+        if is_remote(processor_class):
+            make_parts_known(processor_class)
         processor = processor_class.from_pretrained(
             model_id, trust_remote_code=trust_remote_code, revision=revision or "main", **own
         )
     apply_processor_params(processor, of_parts, model_id)
-    return processor
+    return Phi3VisionProcessor(processor) if is_phi3_vision(processor_class) else processor
 
 
 def load_model(
@@ -115,12 +120,15 @@ def load_model(
     revision = params.get("revision")
     if params.get("device_map") not in (None, "cpu"):
         logger.info("device_map %r is not used: under DeepSpeed the engine places the model", params["device_map"])
-    model_id = str(Path(model_id).expanduser()) if model_id.startswith("~") else model_id
-    check_present(model_id, revision, weights=True, processor=False)
-    model_class = resolve_class(entry, "model_class", model_id, trust_remote_code=trust_remote_code, revision=revision)
-    _check_model_type(model_class, model_id, entry, trust_remote_code, revision)
+    found = _find(model_id, entry, "model_class", trust_remote_code, revision)
+    model_id, revision, model_class = found.source, found.revision, found.loaded_by
+    _check_model_type(model_class, model_id, entry, revision)
     rest = {key: value for key, value in params.items() if key not in _OWN_KEYS}
+    remote = is_remote(model_class)
+    if remote:
+        rest.setdefault("attn_implementation", default_attention(model_class))
     with translated(model_id, revision, "load"):
+        model_class = made_ready(model_class) if remote else model_class
         model, info = model_class.from_pretrained(
             model_id,
             dtype="auto" if wanted is None else parse_dtype(wanted),
@@ -130,9 +138,58 @@ def load_model(
             **rest,
         )
     _check_complete(model, model_id, info)
+    if remote:
+        with translated(model_id, revision, "compute the buffers of"):
+            recompute_buffers(model, model_class)
+    if is_phi3_vision(model_class):
+        tame(model)
     _switch_cache_off(model)
+    use_matrix_products(model)
     loaded: nn.Module = model
     return loaded
+
+
+def prepare_checkpoint(
+    model_id: str, entry: ModelClassEntry, loading_params: LoadingParams | Mapping[str, Any] | None = None
+) -> None:
+    """Find all files of a model, and convert them where they are in a format of their own; takes minutes at most once.
+
+    `load_model` would do the same; a run of several ranks does it before, where waiting for each other has no deadline.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    params = _as_dict(loading_params)
+    _find(model_id, entry, "model_class", bool(params.get("trust_remote_code", False)), params.get("revision"))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is loaded: by which class, from where."""
+
+    loaded_by: type[Any]
+    source: str
+    revision: str | None
+
+
+def _find(
+    model_id: str, entry: ModelClassEntry, role: Literal["model_class", "processor_class"], trust: bool, revision: Any
+) -> _Found:
+    """The class of a role and where it loads from: the model itself, or the converted form of it."""
+    import transformers
+
+    is_model = role == "model_class"
+    model_id = str(Path(model_id).expanduser()) if model_id.startswith("~") else model_id
+    if not is_local(model_id) or not (Path(model_id) / "config.json").is_file():
+        check_present(model_id, revision, weights=is_model, processor=not is_model)
+    converter = converter_of(read_json(model_id, "config.json", revision).get("model_type"))
+    loaded_by = resolve_class(entry, role, model_id, trust_remote_code=trust, revision=revision)
+    if converter is not None:
+        native = getattr(transformers, converter.model_class if is_model else converter.processor_class)
+        if loaded_by is native or loaded_by.__name__.startswith("Auto"):
+            return _Found(native, native_directory(converter, model_id, revision, weights=is_model), None)
+    check_present(model_id, revision, weights=is_model, processor=not is_model)
+    return _Found(loaded_by, model_id, revision)
 
 
 def _as_dict(params: LoadingParams | ProcessorParams | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -143,19 +200,12 @@ def _as_dict(params: LoadingParams | ProcessorParams | Mapping[str, Any] | None)
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _check_model_type(
-    model_class: type[Any], model_id: str, entry: ModelClassEntry, trust_remote_code: bool, revision: str | None
-) -> None:
+def _check_model_type(model_class: type[Any], model_id: str, entry: ModelClassEntry, revision: str | None) -> None:
     """Refuse a checkpoint of another architecture: transformers only warns, and starts from random weights."""
     expected = getattr(getattr(model_class, "config_class", None), "model_type", None)
     if not expected:
         return  # an Auto class, which goes by the checkpoint's own type
-    from transformers import PretrainedConfig
-
-    with translated(model_id, revision, "read the config of"):
-        config, _ = PretrainedConfig.get_config_dict(
-            model_id, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+    config = read_json(model_id, "config.json", revision)
     found = config.get("model_type")
     if found is None or found == expected:
         return
@@ -165,8 +215,8 @@ def _check_model_type(
     name = names[0] if isinstance(names, tuple | list) else names
     hint = f"Its class is {name}" if name else f"Its own class is among {config.get('architectures')}"
     raise ModelError(
-        f"{model_id}: the checkpoint is a {found!r}, but model_class {entry.model_class} loads {expected!r}. "
-        f"{hint}; correct model_class and processor_class of this model in vlm_model_config.yaml."
+        f"{model_id}: the checkpoint is a {found!r}, but model_class {entry.model_class or model_class.__name__} loads "
+        f"{expected!r}. {hint}; correct model_class and processor_class of this model in vlm_model_config.yaml."
     )
 
 

@@ -151,6 +151,8 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
             )
     if has(SafetensorError):
         return f"a weight file is damaged or was not copied to its end. Copy or download it again. ({_short(error)})"
+    if "FlashAttention" in text or ("does not support" in text and "ttention" in text):
+        return f"{_short(error)} Set loading_params.attn_implementation to sdpa or eager, or install that package."
     if has(EntryNotFoundError):
         return f"a file is missing in the repository: {_short(error)}"
     return _short(error)

@@ -303,7 +303,11 @@ def _every_tower_gets_gradients(
 
 
 def _is_said(learned: str, turns: list[str]) -> None:
-    """Whether exactly these turns are learned, each with one terminator behind it, which is a special token."""
+    """Whether exactly these turns are learned, each with one terminator behind it, which is a special token.
+
+    Some templates have a space between the generation prompt and an answer, which the model has to say itself.
+    """
+    learned = learned.removeprefix(" ")
     places = [learned.find(turn) for turn in turns]
     assert places[0] == 0 and -1 not in places, (learned, turns)
     ends = [place + len(turn) for place, turn in zip(places, turns, strict=True)]

@@ -39,6 +39,8 @@ def test_attn_implementation_takes_effect(tiny_dir: Path) -> None:
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ModelError, match="flush_attention"):
         load_model(str(tiny_dir), ENTRY, {"attn_implementation": "flush_attention"})
+    with pytest.raises(ModelError, match=r"FlashAttention3 .* Set loading_params\.attn_implementation"):
+        load_model(str(tiny_dir), ENTRY, {"attn_implementation": "flash_attention_3"})
 
 
 def test_the_cache_is_off_in_training(tiny_model: Any, inputs: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,19 +29,14 @@ def test_names_become_the_attributes_of_import_path(tiny_dir: Path) -> None:
     ("changes", "expected"),
     [
         (
-            {"model_class": "InternVLChatModel", "processor_class": "InternVLChatProcessor"},
-            [
-                "'InternVLChatModel'",
-                "model_class: InternVLForConditionalGeneration",
-                "processor_class: InternVLProcessor",
-            ],
-        ),
-        (
             {"model_class": "Qwen2VLForConditionalGenerations"},
             ["model_class: Qwen2VLForConditionalGeneration", "import_path: transformers"],
         ),
         ({"import_path": "no_such_package"}, ["import_path 'no_such_package'", "No module named"]),
-        ({"model_class": "Zzz"}, ["no class 'Zzz'", "architectures"]),
+        (
+            {"model_class": "Zzz", "import_path": "json"},
+            ["json has no class 'Zzz'", "model_class: Qwen2VLForConditionalGeneration", "import_path: transformers"],
+        ),
     ],
 )
 def test_an_unknown_class_names_the_lines_to_write(
@@ -55,6 +51,31 @@ def test_an_unknown_processor_class_keeps_the_model_class_in_the_proposal(tiny_d
     with pytest.raises(ModelError, match="processor_class: Qwen2VLProcessor") as caught:
         resolve_classes(entry(processor_class="Qwen2VlProcesor"), str(tiny_dir))
     assert "model_class: Qwen2VLForConditionalGeneration" in str(caught.value)
+
+
+def test_a_class_that_neither_transformers_nor_the_checkpoint_knows(tiny_dir: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_dir, tmp_path / "copy"))
+    (directory / "config.json").write_text(json.dumps({"model_type": "new", "architectures": ["Qwxzkj"]}))
+    with pytest.raises(ModelError, match=r"no class 'Qwen2VLForConditionalGenerations'.*\n.*\n *model_class: Qwen2VL"):
+        resolve_classes(entry(model_class="Qwen2VLForConditionalGenerations"), str(directory))
+    with pytest.raises(ModelError, match=r"no class 'Qwxzkj'.* Take the class from `architectures`"):
+        resolve_classes(ModelClassEntry(), str(directory))
+
+
+def test_a_checkpoint_names_its_classes_itself_where_the_entry_does_not(tiny_dir: Path) -> None:
+    classes = resolve_classes(ModelClassEntry(), str(tiny_dir))
+    assert [classes.model.__name__, classes.processor.__name__] == [
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLProcessor",
+    ]
+
+
+def test_an_entry_may_name_auto_classes(tiny_dir: Path) -> None:
+    auto = entry(model_class="AutoModelForImageTextToText", processor_class="AutoProcessor")
+    assert type(load_model(str(tiny_dir), auto)).__name__ == "Qwen2VLForConditionalGeneration"
+    processor = load_processor(str(tiny_dir), auto, {"max_pixels": 56 * 56})
+    assert type(processor).__name__ == "Qwen2VLProcessor"
+    assert processor.image_processor.size["longest_edge"] == 56 * 56
 
 
 REMOTE_MODEL = '''"""A model whose code lives beside its weights; it exists to test that mechanism."""
@@ -74,8 +95,6 @@ class RemoteTestProcessor(Qwen2VLProcessor):
 @pytest.fixture
 def remote_dir(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny model as a repository with code of its own."""
-    import shutil
-
     import transformers.dynamic_module_utils
 
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -65,11 +65,13 @@ class Renderer:
         self._visual_tokens = sorted(visual - {""})
         enders = sorted(special - visual - {""}, key=lambda token: (-len(token), token))
         self._ender = re.compile(r"\s*(?:" + "|".join(map(re.escape, enders)) + ")") if enders else None
+        self._lead = self._find_lead()
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> RenderedText:
         """Render a conversation.
 
-        An answer's span goes on to the token that ends the turn; where the template has none, the tokenizer's
+        An answer's span begins where the generation prompt ends, so that the model learns to say the space between
+        the two. It goes on to the token that ends the turn; where the template has none, the tokenizer's
         end-of-sequence token is put there, so that the model learns to stop.
 
         Raises:
@@ -88,6 +90,17 @@ class Renderer:
                 return self._end_answers(marked, opening, closing)
         raise SkipSample("bad_sample", "the chat template changes the answers: they cannot be found in its text")
 
+    def _find_lead(self) -> str:
+        """White space that the template puts between its generation prompt and an answer: "ASSISTANT:| It is."."""
+        question: ChatMessage = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        answer: ChatMessage = {"role": "assistant", "content": [{"type": "text", "text": "!"}]}
+        try:
+            prompt, whole = self._apply([question], True), self._apply([question, answer], False)
+        except Exception:  # noqa: BLE001 - a template that takes other conversations only; samples will tell
+            return ""
+        lead = whole[len(prompt) :].partition("!")[0] if whole.startswith(prompt) else ""
+        return lead if lead.isspace() else ""
+
     def _apply(self, messages: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
         arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         if self._template is not None:
@@ -102,7 +115,7 @@ class Renderer:
         text = pieces[0]
         spans = []
         for answer, after in zip(pieces[1::2], pieces[2::2], strict=True):
-            start = len(text)
+            start = len(text) - (len(self._lead) if text.endswith(self._lead) else 0)
             match = self._ender.match(after) if self._ender else None
             end = match.group() if match else self._eos
             text += answer + end
