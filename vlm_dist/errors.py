@@ -76,3 +76,8 @@ class SkipSample(Exception):  # noqa: N818 - a signal to the materialiser, never
         super().__init__(message)
         self.null_class = null_class
         self.message = message
+
+
+def printable(text: str) -> str:
+    """A text from outside, such as a path, as any terminal or log file can show it: half a character has no bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vlm_dist.data.types import NullSlot
-from vlm_dist.errors import DataError
+from vlm_dist.errors import DataError, printable
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Quarantine:
                 }
             )
             if self.counts[slot.null_class] <= _NUM_SHOWN:
-                log.warning("%s is skipped (%s): %s", slot.origin, slot.null_class, slot.message)
+                told = printable(f"{slot.origin} is skipped ({slot.null_class}): {slot.message}")
+                log.warning("%s", told)
             if self.counts[slot.null_class] == _NUM_SHOWN:
                 log.warning("more samples skipped as %s are only written to %s", slot.null_class, self.path)
 

@@ -12,7 +12,7 @@ from vlm_dist.data.index.facts import SampleFacts, media_kind, text_bytes
 from vlm_dist.data.media.named import NamedBytes
 from vlm_dist.data.storage.open_files import with_retries
 from vlm_dist.data.storage.remote.urls import shown
-from vlm_dist.errors import DataError, SkipSample
+from vlm_dist.errors import DataError, SkipSample, printable
 
 _MAX_PATH_BYTES = 4096
 _MAX_NAME_BYTES = 255
@@ -182,7 +182,7 @@ class MediaColumns:
             log.warning(
                 "%s: %d of %d media files are out of reach; their samples are skipped:%s%s",
                 where, len(self.outside), self.num_files,
-                "".join(f"\n  {_printable(path)}" for path in self.outside[:_MAX_EXAMPLES]),
+                "".join(f"\n  {printable(path)}" for path in self.outside[:_MAX_EXAMPLES]),
                 "\n  …" if len(self.outside) > _MAX_EXAMPLES else "",
             )  # fmt: skip
         if self.missing and len(self.missing) == self.num_files:
@@ -236,7 +236,7 @@ class MediaColumns:
 
     def _load(self, column: str, value: Any) -> Any:
         if isinstance(value, str):
-            return NamedBytes.of(self.root.read(self._path(column, value)), _printable(value))
+            return NamedBytes.of(self.root.read(self._path(column, value)), printable(value))
         if isinstance(value, list | tuple):
             return [self._load(column, item) for item in value]
         return value
@@ -247,16 +247,7 @@ class MediaColumns:
 
 def _at(place: str, path: str) -> str:
     """A path and the record that names it."""
-    return _printable(f"{path} ({place})" if place else path)
-
-
-def _printable(path: str) -> str:
-    """A path as any terminal or log file can show it: half of a surrogate pair has no bytes in UTF-8."""
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
-def _no_path(value: str) -> SkipSample:
-    return SkipSample("bad_sample", f"{value[:60]!r} is no path of a media file")
+    return printable(f"{path} ({place})" if place else path)
 
 
 def _can_be_path(value: str) -> bool:
