@@ -267,7 +267,7 @@ class Evaluator:
             bos_token_id=own.bos_token_id,
             eos_token_id=eos,
             pad_token_id=pad,
-            use_cache=True,  # only here: in training it is off
+            use_cache=own.use_cache is not False,  # in training it is off; here only where a model cannot
         )
         # Under ZeRO-3 each of generate's forwards is a collective: a rank that has finished goes on with the others.
         # Below, ranks finish independently. `synced_gpus` is decided here, not by transformers' global state.

@@ -20,5 +20,5 @@ def check_attention(family: Family, implementation: str | None) -> None:
         return
     raise ConfigError(
         f"loading_params.attn_implementation: {implementation} is wrong for models of the family {family.name}: "
-        f"{family.flash_refusal}; use sdpa"
+        f"{family.flash_refusal}; set it to null"
     )

@@ -20,10 +20,11 @@ class Family:
         model_types: values of `model_type` in config.json that it covers.
         processors: names of processor classes; where there are any, only models with one of these are covered, and the
             row goes before rows without: the same model class may stand behind different processors.
-        image_tokens: the tokens that stand for an image, in the text and once the processor has expanded it.
+        image_tokens: the tokens (or beginnings of numbered markers) that stand for an image, in the text and once the
+            processor has expanded it.
         video_tokens: the same for videos.
-        image_marker: what the model's text has in the place of one image, before the expansion; None: the processor's
-            `image_token`.
+        image_marker: what the model's text has in the place of one image, before the expansion, with `{n}` for its
+            number in the sample, from 1; None: the processor's `image_token`.
         video_marker: the same for one video.
         takes_video: whether the processor takes videos.
         takes_image_and_video: whether one model input may have both; else videos have priority.

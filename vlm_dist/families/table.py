@@ -151,6 +151,21 @@ GEMMA3 = Family(
     patches_per_token=16,
 )
 
+#: Phi-3-vision and Phi-3.5-vision, by the code in their repositories. A picture is enlarged to as many crops as the
+#: processor may cut, so that its own size hardly matters.
+PHI3_VISION = Family(
+    name="phi3_v",
+    model_types=("phi3_v",),
+    image_tokens=("<|image_",),
+    image_marker="<|image_{n}|>",
+    negative_image_ids=True,
+    follows_resolution=False,
+    dummy_side_pixels=336,
+    packing_refusal="their own code finds no borders of samples in a row",
+    flash_refusal="their code asks for an interface of it that transformers has given up",
+    patches_per_token=4,
+)
+
 MLLAMA = Family(
     name="mllama",
     model_types=("mllama",),
@@ -191,6 +206,7 @@ FAMILIES: tuple[Family, ...] = (
     IDEFICS2,
     IDEFICS3,
     SMOLVLM,
+    PHI3_VISION,
     MLLAMA,
 )
 

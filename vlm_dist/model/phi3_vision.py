@@ -35,7 +35,7 @@ def is_phi3_vision(loaded_by: type[Any]) -> bool:
 
 
 def tame(model: Any) -> None:
-    """Let the model work on a copy of `input_ids`, and generate without a cache."""
+    """Let the model work on a copy of `input_ids`, generate without a cache, and say which features it takes."""
 
     def give_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         copied = tuple(arg.clone() if isinstance(arg, torch.Tensor) and i == 0 else arg for i, arg in enumerate(args))
@@ -45,6 +45,9 @@ def tame(model: Any) -> None:
 
     model.register_forward_pre_hook(give_copy, with_kwargs=True)
     model.generation_config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "img_processor") and hasattr(module, "layer_idx"):
+            model.config.vision_feature_layer = module.layer_idx  # by the name that other families have for it
 
 
 class Phi3VisionProcessor:

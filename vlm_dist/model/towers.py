@@ -62,8 +62,18 @@ def find_towers(model: Any) -> Towers:
         for name, _ in model.get_submodule(root).named_children()
         if name in _MERGERS
     )
-    projector = mergers + tuple(_rest(model, "", (*vision, *language, *head)))
+    projector = mergers + _between(vision, language) + tuple(_rest(model, "", (*vision, *language, *head)))
     return {"vision": vision, "projector": projector, "language": language, "head": head}
+
+
+def _between(vision: tuple[str, ...], language: tuple[str, ...]) -> tuple[str, ...]:
+    """What holds a vision tower within the language model, as in Phi-3-vision: its rest projects."""
+    found = []
+    for root in vision:
+        for outer in language:
+            if root.startswith(outer + ".") and "." in root[len(outer) + 1 :]:
+                found.append(outer + "." + root[len(outer) + 1 :].split(".", 1)[0])
+    return tuple(found)
 
 
 def tower_of(name: str, towers: Towers) -> str:

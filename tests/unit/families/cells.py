@@ -135,7 +135,7 @@ def labels(subject: Subject) -> str:
     for name in rows:
         batch = everything(job(name))
         ids, carries_loss = batch.inputs["input_ids"][0], batch.labels[0] != IGNORE_INDEX
-        text = subject.processor.tokenizer.decode(ids[carries_loss])
+        text = subject.decode(ids[carries_loss])
         assert ROWS[name]["question"] in text and ROWS[name]["answer"] in text, text
         visual = {"<image>", *subject.family.image_tokens, *subject.family.video_tokens}
         assert not [token for token in visual if token in text], text
@@ -151,7 +151,7 @@ def message_format(subject: Subject) -> str:
     batch = _same_as_alone(subject, make, "told", "told more")
     for row, name in enumerate(("told", "told more")):
         columns = ROWS[name]
-        text = subject.processor.tokenizer.decode(batch.inputs["input_ids"][row])
+        text = subject.decode(batch.inputs["input_ids"][row])
         order = ["Be brief.", "Context:", columns["context"], columns["question"], columns["answer"]]
         places = [text.find(part) for part in order]
         assert -1 not in places and places == sorted(places), (text, places)
@@ -161,12 +161,15 @@ def message_format(subject: Subject) -> str:
 
 def truncation(subject: Subject) -> str:
     """A text that is too long is cut behind the last token that stands for media."""
-    free, tight = subject.materialiser(), subject.materialiser(text_processing={"max_length": 240})
-    whole, batch = free(job("long")), tight(job("long", "wide"))
-    assert not batch.null_slots, batch.null_slots
-    assert batch.num_cut == 1 and batch.labels.shape[1] <= 240
+    whole = subject.materialiser()(job("long"))
     visual = torch.tensor(sorted(_visual_ids(subject)))
-    kept = [int(torch.isin(one.inputs["input_ids"][0], visual).sum()) for one in (whole, batch)]
+    num_visual = int(_is_visual(whole, visual).sum())
+    limit = whole.num_tokens - 30 - (num_visual if subject.family.follows_resolution else 0)
+    tight = subject.materialiser(text_processing={"max_length": limit})
+    batch = tight(job("long", "wide"))
+    assert not batch.null_slots, batch.null_slots
+    assert batch.num_cut == 1 and batch.labels.shape[1] <= limit
+    kept = [int(_is_visual(one, visual).sum()) for one in (whole, batch)]
     assert kept[0] == kept[1] or batch.num_reduced, kept
     _same_as_alone(subject, tight, "long", "wide")
     return "yes"
@@ -254,7 +257,7 @@ def _continued(subject: Subject, batch: MicroBatch) -> list[list[int]]:
     """What each row goes on with, up to its end: a batch goes on until the last of its rows ends."""
     tokenizer = subject.processor.tokenizer
     with torch.no_grad():
-        ids = subject.model.generate(**inputs_of(batch), max_new_tokens=4, do_sample=False, use_cache=True)
+        ids = subject.model.generate(**inputs_of(batch), max_new_tokens=4, do_sample=False)
     rows = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
@@ -320,6 +323,11 @@ def _is_said(learned: str, turns: list[str]) -> None:
 def _visual_ids(subject: Subject) -> set[int]:
     tokenizer = subject.processor.tokenizer
     return {tokenizer.convert_tokens_to_ids(token) for token in subject.family.image_tokens}
+
+
+def _is_visual(batch: MicroBatch, visual: Tensor) -> Tensor:
+    ids = batch.inputs["input_ids"][0]
+    return torch.isin(ids, visual) | (ids < 0)
 
 
 def _packed(padded: MicroBatchJob) -> MicroBatchJob:

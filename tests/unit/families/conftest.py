@@ -7,6 +7,14 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted checkpoints are not left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_DIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Models this small are slower on several."""
     before = torch.get_num_threads()

@@ -13,13 +13,14 @@ from pathlib import Path
 from tests.unit.families.cells import CELLS
 from tests.unit.families.subjects import Subject, subject
 from tests.unit.families.zoo import CHECKPOINTS
+from tests.unit.families.zoo.originals import ORIGINALS
 from vlm_dist.errors import ConfigError
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 _BEGIN, _END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 
 #: The rows of the table.
-FAMILIES_SHOWN = tuple(name for name in CHECKPOINTS if name != "mllama")
+FAMILIES_SHOWN = (*(name for name in CHECKPOINTS if name != "mllama"), *ORIGINALS)
 
 #: What is written in a cell, and why it is not "yes".
 Outcome = tuple[str, str]
@@ -50,13 +51,18 @@ def read_page() -> dict[tuple[str, str], Outcome]:
 
 
 def write_page() -> None:
-    """Try every cell, and put the table in the place of the one that stands there."""
+    """Try every cell, and put the table in the place of the one that stands there.
+
+    What cannot be tried on this machine stays as it was.
+    """
+    before_now = read_page()
     notes: dict[str, str] = {}  # reason -> mark
     lines = ["| | " + " | ".join(CELLS) + " |", "|---|" + "---|" * len(CELLS)]
     for name in FAMILIES_SHOWN:
         cells = []
         for column in CELLS:
-            word, reason = try_cell(subject(name), column)
+            absent = name in ORIGINALS and ORIGINALS[name].missing is not None
+            word, reason = before_now[name, column] if absent else try_cell(subject(name), column)
             mark = f"[^{notes.setdefault(reason, str(len(notes) + 1))}]" if reason else ""
             cells.append(word + mark)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

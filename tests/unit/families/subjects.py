@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tests.unit.data.samples import MemorySource, collator, jpeg, mp4
 from tests.unit.families.zoo import CHECKPOINTS
+from tests.unit.families.zoo.originals import ORIGINALS, OriginalCheckpoint
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef
 from vlm_dist.families import Family, family_for
@@ -102,12 +102,17 @@ class Subject:
 
     def load_model(self) -> Any:
         """The model once more, for what changes it."""
-        return load_model(str(self.directory), CHECKPOINTS[self.name].entry, {"torch_dtype": "float32"})
+        return _load_model(self.name, self.directory)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Logits [B, T, V]."""
         logits: Tensor = self.model(**inputs_of(batch), use_cache=False).logits
         return logits
+
+    def decode(self, ids: Tensor) -> str:
+        """Text of tokens; images of some families have ids below 0."""
+        text: str = self.processor.tokenizer.decode(ids[ids >= 0])
+        return text
 
     def answers(self, batch: MicroBatch) -> list[str]:
         """The labels of each sample, decoded."""
@@ -128,14 +133,23 @@ def job(*names: str) -> MicroBatchJob:
     return MicroBatchJob(0, 0, tuple(SampleRef(0, order.index(name)) for name in names))
 
 
+def _load_model(name: str, directory: Path) -> Any:
+    params = ORIGINALS[name].params if name in ORIGINALS else {}
+    entry = (CHECKPOINTS | ORIGINALS)[name].entry
+    return load_model(str(directory), entry, {"torch_dtype": "float32", **params})
+
+
 @functools.cache
 def subject(name: str) -> Subject:
     """Save and load one; kept for the life of the process."""
-    checkpoint = CHECKPOINTS[name]
+    checkpoint = (CHECKPOINTS | ORIGINALS)[name]
     directory = checkpoint.save(Path(tempfile.mkdtemp(prefix="vlm-dist-zoo-")) / name)
-    torch.manual_seed(0)
-    model = load_model(str(directory), checkpoint.entry, {"torch_dtype": "float32"})
-    processor = load_processor(str(directory), checkpoint.entry)
-    return Subject(
-        name, model.eval(), processor, family_for(model.config.model_type, checkpoint.processor_class), directory
-    )
+    model = _load_model(name, directory)
+    if isinstance(checkpoint, OriginalCheckpoint):
+        params = {**checkpoint.params, **checkpoint.processor_params}
+        processor = load_processor(str(directory), checkpoint.entry, params)
+        family = family_for(checkpoint.model_type, checkpoint.processor_class)
+    else:
+        processor = load_processor(str(directory), checkpoint.entry)
+        family = family_for(model.config.model_type, checkpoint.processor_class)
+    return Subject(name, model.eval(), processor, family, directory)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm_dist.data.encoding.collate import Example
 from vlm_dist.data.encoding.encode import Encoded, Encoder
-from vlm_dist.data.encoding.labels import RenderedText
+from vlm_dist.data.encoding.labels import RenderedText, markers_alone
 from vlm_dist.data.media.video import blank_clip
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.errors import ModelError, SkipSample
@@ -38,7 +38,7 @@ class DummyRows:
             self._text = _as_dummy(encoder.encode(RenderedText(_SMALLEST_TEXT)), frozenset())
             self._rows = {}
             for kind in towers:
-                rendered = RenderedText(markers[kind])
+                rendered = markers_alone(markers[kind])
                 side = encoder.dummy_side(kind)
                 if kind == "image":
                     encoded = encoder.encode(rendered, images=[Image.new("RGB", (side, side))], do_resize=resize)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_dist.data.encoding.align import align_answers
-from vlm_dist.data.encoding.labels import RenderedText, Span, answer_tokens
+from vlm_dist.data.encoding.labels import RenderedText, Span, answer_tokens, markers_alone
 from vlm_dist.data.encoding.quick_processor import quicken
 from vlm_dist.data.media.images import Picture, as_pil
 from vlm_dist.data.media.video import Clip
@@ -160,7 +160,7 @@ class Encoder:
             return
         side = self.dummy_side("image")
         try:
-            self.encode(RenderedText(marker), [torch.zeros((3, side, side), dtype=torch.uint8)])
+            self.encode(markers_alone(marker), [torch.zeros((3, side, side), dtype=torch.uint8)])
         except SkipSample:
             self._takes_tensors = False
 

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from vlm_dist.data.encoding.encode import Encoder
-from vlm_dist.data.encoding.labels import RenderedText
+from vlm_dist.data.encoding.labels import markers_alone
 from vlm_dist.data.media.images import Picture, image_size, scale_image, scaled_size
 from vlm_dist.data.media.video import Clip, blank_clip, keep_frames, scale_clip
 from vlm_dist.errors import SkipSample
@@ -183,7 +183,7 @@ class VisualCounter:
 
     def _adds_up(self, kind: str) -> bool:
         """Whether the tokens of an image or clip come to the text's as they are, at whatever times its frames lie."""
-        rendered = RenderedText(self._markers[kind])
+        rendered = markers_alone(self._markers[kind])
         num_text = self._encoder.measure_text(rendered).num_tokens
         frames, width, height = _PROBES[kind][0]
         if kind == "image":
@@ -221,14 +221,14 @@ class VisualCounter:
             if len(self._measured_together) >= _MAX_COUNTED:
                 self._measured_together.clear()
             blanks = [Image.new("RGB", size) for size in sizes]
-            encoded = self._encoder.encode(RenderedText(self._markers["image"] * len(sizes)), images=blanks)
+            encoded = self._encoder.encode(markers_alone(self._markers["image"], len(sizes)), images=blanks)
             self._measured_together[sizes] = int(encoded.is_visual.sum())
         return self._measured_together[sizes]
 
     def _measure(self, kind: str, frames: int, width: int, height: int) -> int:
         key = (frames if kind == "video" else 0, width, height)
         if key not in self._measured:
-            rendered = RenderedText(self._markers[kind])
+            rendered = markers_alone(self._markers[kind])
             if kind == "image":
                 encoded = self._encoder.encode(rendered, images=[Image.new("RGB", (width, height))])
             else:

@@ -35,6 +35,11 @@ class RenderedText:
     answers: tuple[Span, ...] = ()
 
 
+def markers_alone(marker: str, count: int = 1) -> RenderedText:
+    """A text that is nothing but the markers of some images (or clips), numbered where they have to be."""
+    return RenderedText("".join(marker.replace("{n}", str(number)) for number in range(1, count + 1)))
+
+
 class Renderer:
     """Renders conversations through the processor's chat template, and finds the answers in the result.
 

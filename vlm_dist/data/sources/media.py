@@ -250,6 +250,10 @@ def _at(place: str, path: str) -> str:
     return printable(f"{path} ({place})" if place else path)
 
 
+def _no_path(value: str) -> SkipSample:
+    return SkipSample("bad_sample", f"{value[:60]!r} is no path of a media file")
+
+
 def _can_be_path(value: str) -> bool:
     try:
         encoded = value.encode()
