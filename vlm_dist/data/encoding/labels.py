@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -70,14 +71,15 @@ class Renderer:
         self._visual_tokens = sorted(visual - {""})
         enders = sorted(special - visual - {""}, key=lambda token: (-len(token), token))
         self._ender = re.compile(r"\s*(?:" + "|".join(map(re.escape, enders)) + ")") if enders else None
-        self._lead = self._find_lead()
+        self._of_prompt, self._of_answer = self._find_lead()
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> RenderedText:
         """Render a conversation.
 
-        An answer's span begins where the generation prompt ends, so that the model learns to say the space between
-        the two. It goes on to the token that ends the turn; where the template has none, the tokenizer's
-        end-of-sequence token is put there, so that the model learns to stop.
+        An answer's span begins where the generation prompt ends, so that the model learns to say a space between the
+        two; where they differ in their white space, the prompt's is put there. It goes on to the token that ends the
+        turn; where the template has none, the tokenizer's end-of-sequence token is put there, so that the model learns
+        to stop.
 
         Raises:
             SkipSample: ("bad_sample") a text contains a placeholder token, or the template changes an answer.
@@ -95,16 +97,20 @@ class Renderer:
                 return self._end_answers(marked, opening, closing)
         raise SkipSample("bad_sample", "the chat template changes the answers: they cannot be found in its text")
 
-    def _find_lead(self) -> str:
-        """White space that the template puts between its generation prompt and an answer: "ASSISTANT:| It is."."""
+    def _find_lead(self) -> tuple[str, str]:
+        """The white space behind what generation prompt and answer have in common: of the one, and of the other.
+
+        ("", " ") for "ASSISTANT:" and "ASSISTANT: It is."; LLaVA-OneVision has two line ends that differ by a space.
+        """
         question: ChatMessage = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         answer: ChatMessage = {"role": "assistant", "content": [{"type": "text", "text": "!"}]}
         try:
             prompt, whole = self._apply([question], True), self._apply([question, answer], False)
         except Exception:  # noqa: BLE001 - a template that takes other conversations only; samples will tell
-            return ""
-        lead = whole[len(prompt) :].partition("!")[0] if whole.startswith(prompt) else ""
-        return lead if lead.isspace() else ""
+            return "", ""
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+        of_prompt, of_answer = prompt[common:], whole[common:].partition("!")[0]
+        return (of_prompt, of_answer) if not (of_prompt + of_answer).strip() else ("", "")
 
     def _apply(self, messages: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
         arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
@@ -120,7 +126,11 @@ class Renderer:
         text = pieces[0]
         spans = []
         for answer, after in zip(pieces[1::2], pieces[2::2], strict=True):
-            start = len(text) - (len(self._lead) if text.endswith(self._lead) else 0)
+            start = len(text)
+            if self._of_answer and text.endswith(self._of_answer):
+                start -= len(self._of_answer)
+                if self._of_prompt:  # the model is asked with the prompt's: it learns to go on from there
+                    text, start = text[:start] + self._of_prompt, start + len(self._of_prompt)
             match = self._ender.match(after) if self._ender else None
             end = match.group() if match else self._eos
             text += answer + end
