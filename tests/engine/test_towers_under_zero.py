@@ -25,7 +25,7 @@ from vlm_dist.checkpoint import (
 )
 from vlm_dist.config import PeftConfig
 from vlm_dist.engine import Engine, zero_init_context
-from vlm_dist.model import attach_adapter, tower_rates
+from vlm_dist.model import attach_adapter, make_room_for_tokens, tower_rates
 from vlm_dist.optim import parameter_groups
 
 pytestmark = pytest.mark.engine
@@ -41,7 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"towers": LORA, "use_dora": True, "use_rslora": True},
     "bias": {"towers": LORA, "bias": "all"},
     "head": {"towers": LORA, "modules_to_save": ["lm_head", "embed_tokens"]},
+    "new tokens": {"towers": LORA, "modules_to_save": ["lm_head", "embed_tokens"]},
 }
+NUM_NEW = 3
 STEPS = [[tiny.micro_batch(10 * step + index) for index in range(4)] for step in range(2)]
 WEIGHT_DECAY = 0.1
 
@@ -53,9 +55,11 @@ def settings(name: str) -> PeftConfig:
 def build(directory: Path, name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[dict[str, Any]]]:
     """The model and its groups, as a run makes them."""
     peft = settings(name)
-    model = attach_adapter(
-        Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=dtype), peft, peft.towers.model_dump()
-    )
+    base = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=dtype)
+    if name == "new tokens":
+        size = base.config.get_text_config().vocab_size
+        assert make_room_for_tokens(base, range(size, size + NUM_NEW)) == size + NUM_NEW
+    model = attach_adapter(base, peft, peft.towers.model_dump())
     rates = tower_rates(model, peft.towers_learning_rate.model_dump())
     return model.train(), parameter_groups(model, WEIGHT_DECAY, rates)
 
@@ -164,6 +168,8 @@ def test_what_zero_saved_loads_without_our_code(saved: Any, name: str, stage: in
         base.load_state_dict(load_file(final / "trained_weights.safetensors"), strict=False)
         loaded: nn.Module = base
     else:
+        if name == "new tokens":  # the base has to grow as it did in training
+            base.resize_token_embeddings(base.config.get_text_config().vocab_size + NUM_NEW, mean_resizing=False)
         loaded = PeftModel.from_pretrained(base, final)
     trained, _ = build(model, name)
     with torch.no_grad():

@@ -20,6 +20,7 @@ from vlm_dist.build.data import (
     ranks_per_node,
 )
 from vlm_dist.build.lengths import describe_lengths, make_lengths
+from vlm_dist.build.model import make_model
 from vlm_dist.checkpoint import (
     CheckpointStore,
     choose_checkpoint,
@@ -42,22 +43,10 @@ from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks, init_process_groups, is_lost_peer, shut_down
 from vlm_dist.distributed.patience import long_work
 from vlm_dist.distributed.signals import StopRequest
-from vlm_dist.engine import Engine, load_deepspeed_json, merge_deepspeed_config, prepare_deepspeed, zero_init_context
+from vlm_dist.engine import Engine, load_deepspeed_json, merge_deepspeed_config, prepare_deepspeed
 from vlm_dist.errors import DistributedError, ExitCode
 from vlm_dist.evaluate import Evaluator
-from vlm_dist.model import (
-    attach_adapter,
-    check_quantization,
-    describe_trained,
-    enable_gradient_checkpointing,
-    format_tower_table,
-    load_model,
-    parse_dtype,
-    prepare_checkpoint,
-    quantization_arguments,
-    tower_rates,
-    tower_table,
-)
+from vlm_dist.model import check_quantization, prepare_checkpoint, tower_rates
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.logging_setup import configure_logging
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
@@ -163,31 +152,22 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         for line in about_plan:
             log.message(line)
 
-        # Model: loaded partitioned under ZeRO-3, then wrapped; the adapter's start depends on the seed alone, or on
-        # what it is told to start from.
-        towers, rates = config.peft.towers.model_dump(), config.peft.towers_learning_rate.model_dump()
+        # Model: its start depends on the seed alone, or on what it is told to start from; then wrapped.
         begin = open_starting_point(config.peft, ranks) if checkpoint is None else None
         merge = _ds_merger(config, ds_json, ranks)
-        loading = config.model.loading_for(config.model_id).model_dump()
-        loading |= quantization_arguments(config.peft.quantization, parse_dtype(train_config.precision))
-        with zero_init_context(merge(None)[0]):
-            model = load_model(config.model_id, config.model_entry, loading, dtype=train_config.precision)
-            model = attach_adapter(model, config.peft, towers, seed=train_config.seed)
-        if train_config.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
-        table = tower_table(model, towers, train_config.learning_rate, rates)
-        log.message(format_tower_table(table))
-        with agree_on_failure(ranks):
-            if ranks.is_main:
-                (train_config.output_dir / "trained_modules.txt").write_text(describe_trained(model), encoding="utf-8")
+        model, num_trainable = make_model(config, merge(None)[0], processor, ranks, log.message)
         started = begin.parameter_names(model) if begin is not None else {}
-        ds_config, derived = merge(table[-1].num_trainable)
+        ds_config, derived = merge(num_trainable)
         for value in derived:
             log.message(f"derived: {value}")
         engine = Engine.initialise(
             model,
             lambda groups: make_optimizer(train_config, groups),
-            parameter_groups(model, train_config.weight_decay, tower_rates(model, rates)),
+            parameter_groups(
+                model,
+                train_config.weight_decay,
+                tower_rates(model, config.peft.towers_learning_rate.model_dump()),
+            ),
             make_lr_schedule(train_config, plan.num_steps),
             ds_config,
             control_group=ranks.control,

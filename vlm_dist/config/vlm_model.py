@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
-from vlm_dist.config.section import Name, Section, expected
+from vlm_dist.config.section import Name, Names, Section, expected
 from vlm_dist.errors import ConfigError
 
 TorchDtype = Literal["torch.bfloat16", "bfloat16", "torch.float16", "float16", "torch.float32", "float32"]
@@ -45,15 +45,16 @@ class LoadingParams(Section):
 
 
 class ProcessorParams(Section, extra="allow"):
-    """trust_remote_code, and any argument of the processor; these are checked against its signature later."""
+    """Keys of ours, and any argument of the processor; these are checked against its signature later."""
 
     __pydantic_extra__: dict[str, Any] = Field(init=False)
 
     trust_remote_code: bool = False
+    new_special_tokens: Names = ()  # their embeddings must be trained: peft.modules_to_save
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What is passed to the processor beside trust_remote_code."""
+        """What is passed to the processor beside the keys above."""
         return dict(self.__pydantic_extra__)
 
 

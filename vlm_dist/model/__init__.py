@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from vlm_dist.model.registry import ModelClasses, resolve_classes
     from vlm_dist.model.towers import Towers, find_towers
     from vlm_dist.model.trained import describe_trained, format_tower_table, tower_rates, tower_table
+    from vlm_dist.model.vocabulary import check_tokens_are_learned, make_room_for_tokens
 
 _HOMES = {
     "ModelClasses": "registry",
     "Towers": "towers",
     "attach_adapter": "lora",
     "check_quantization": "quantization",
+    "check_tokens_are_learned": "vocabulary",
     "describe_trained": "trained",
     "enable_gradient_checkpointing": "checkpointing",
     "find_towers": "towers",
@@ -29,6 +31,7 @@ _HOMES = {
     "load_model": "loading",
     "load_processor": "loading",
     "load_rope_index": "positions",
+    "make_room_for_tokens": "vocabulary",
     "parse_dtype": "loading",
     "prepare_checkpoint": "loading",
     "quantization_arguments": "quantization",
@@ -42,6 +45,7 @@ __all__ = [
     "Towers",
     "attach_adapter",
     "check_quantization",
+    "check_tokens_are_learned",
     "describe_trained",
     "enable_gradient_checkpointing",
     "find_towers",
@@ -49,6 +53,7 @@ __all__ = [
     "load_model",
     "load_processor",
     "load_rope_index",
+    "make_room_for_tokens",
     "parse_dtype",
     "prepare_checkpoint",
     "quantization_arguments",

@@ -24,6 +24,7 @@ from vlm_dist.model.phi3_vision import Phi3VisionProcessor, is_phi3_vision, tame
 from vlm_dist.model.processor_params import apply_processor_params, split_processor_params
 from vlm_dist.model.registry import resolve_class
 from vlm_dist.model.remote_code import default_attention, is_remote, made_ready, make_parts_known, recompute_buffers
+from vlm_dist.model.vocabulary import add_special_tokens
 
 if TYPE_CHECKING:
     from vlm_dist.config.vlm_model import LoadingParams, ModelClassEntry, ProcessorParams
@@ -71,7 +72,7 @@ def load_processor(
     Args:
         model_id: hub id or local directory.
         entry: the model's row of `model_classes`.
-        processor_params: `trust_remote_code` and any argument of the processor or of its parts.
+        processor_params: `trust_remote_code`, `new_special_tokens`, and any argument of the processor or of its parts.
         loading_params: only `revision` is read: model and processor come from the same one.
 
     Raises:
@@ -79,6 +80,7 @@ def load_processor(
     """
     params = _as_dict(processor_params)
     trust_remote_code = bool(params.pop("trust_remote_code", False))
+    new_special_tokens = params.pop("new_special_tokens", ())
     revision = params.pop("revision", None) or _as_dict(loading_params).get("revision")
     found = _find(model_id, entry, "processor_class", trust_remote_code, revision)
     model_id, revision, processor_class = found.source, found.revision, found.loaded_by
@@ -90,7 +92,9 @@ def load_processor(
             model_id, trust_remote_code=trust_remote_code, revision=revision or "main", **own
         )
     apply_processor_params(processor, of_parts, model_id)
-    return Phi3VisionProcessor(processor) if is_phi3_vision(processor_class) else processor
+    processor = Phi3VisionProcessor(processor) if is_phi3_vision(processor_class) else processor
+    add_special_tokens(processor, new_special_tokens)
+    return processor
 
 
 def load_model(

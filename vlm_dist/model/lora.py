@@ -8,7 +8,6 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from vlm_dist.errors import ModelError
 from vlm_dist.model.full import freeze_all_but, full_parameters, named_modules_to_train
+from vlm_dist.model.gathering import gathered
 from vlm_dist.model.quantization import check_trainable, finish_quantised, is_quantised
 from vlm_dist.model.towers import TOWERS, Towers, find_towers, is_within, tower_of, without_gradient
 
@@ -203,18 +203,9 @@ def _start_from_seed(adapted: nn.Module, seed: int) -> None:
             continue
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        with _gathered(parameter), torch.no_grad():
+        with gathered(parameter), torch.no_grad():
             if parameter.numel() == 0:
                 continue  # partitioned, and another rank sets it
             start = torch.empty(parameter.shape, dtype=torch.float32)
             nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
             parameter.copy_(start)
-
-
-def _gathered(parameter: nn.Parameter) -> Any:
-    """A parameter that ZeRO-3 has already partitioned, whole for a moment; PEFT names DeepSpeed so that we need not."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from peft.utils.integrations import gather_params_ctx
-
-    return gather_params_ctx(parameter)

@@ -209,3 +209,10 @@ def test_arguments_reach_the_processor(project: Project) -> None:
     assert project.batch(small).sizes() == [(28, 28)]
     with pytest.raises(ModelError, match="did you mean 'max_pixels'"):
         project.processor({"model.processor_params.max_pixel": 784})
+
+
+@shows("model.model_classes.*.processor_params.new_special_tokens")
+def test_new_tokens_of_one_model_are_whole(project: Project) -> None:
+    told = entry(processor_params={"new_special_tokens": ["<digit>"]})
+    tokenizer = project.processor(told).tokenizer
+    assert len(tokenizer("<digit>")["input_ids"]) == 1 < len(project.processor().tokenizer("<digit>")["input_ids"])

@@ -28,6 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_adapter": WHOLE_MODEL | {"train.max_steps": 2, "train.eval_steps": 2, "train.save_steps": 1},
     "no_adapter_anew": WHOLE_MODEL | AT_START | {"peft.adapter": "probe-no_adapter/adapter"},
     "fresh": AT_START,
+    "tokens": {
+        "model.processor_params.new_special_tokens": ["<digit>", "<|im_end|>"],
+        "peft.modules_to_save": ["embed_tokens", "lm_head"],
+        "train.max_steps": 2,
+        "train.save_steps": 1,
+    },
 }
 
 
@@ -54,6 +60,19 @@ def test_full_weights_are_resumed_bit_for_bit(seen: dict[str, Any], tiny_run: Ti
     listing = (tiny_run.directory / "probe-whole" / "trained_modules.txt").read_text()
     assert "model.visual.merger.mlp.*.weight" in listing and "language_model.layers.*.mlp.up_proj" in listing
     assert re.search(r"projector +full .* 0\.001\n", seen["output"])
+
+
+@shows("model.processor_params.new_special_tokens")
+def test_new_tokens_are_saved_with_the_adapter(seen: dict[str, Any], tiny_run: TinyRun) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoProcessor
+
+    (rows,) = re.findall(r"1 new special tokens; the vocabulary has (\d+) rows", seen["output"])
+    saved = load_file(tiny_run.directory / "probe-tokens" / "adapter" / "adapter_model.safetensors")
+    (embedding,) = [weight for key, weight in saved.items() if key.endswith("embed_tokens.weight")]
+    assert embedding.shape[0] == int(rows)
+    tokenizer = AutoProcessor.from_pretrained(tiny_run.directory / "probe-tokens" / "processor").tokenizer
+    assert tokenizer("<digit>")["input_ids"] == [int(rows) - 1]
 
 
 @shows("peft.adapter")
