@@ -135,7 +135,7 @@ class Encoder:
         if self._family.answer_argument is not None:
             answers = tokens["token_type_ids"] == 1
         elif offsets is not None and (replacements is not None or not (images or clips)):
-            characters = _as_tensor(offsets)[0].tolist()
+            characters = _as_tensor(offsets)[0]  # [T, 2]
             shown = self._check_replacements(rendered, replacements)
             answers = answer_tokens(characters, [_shifted(span, shown) for span in rendered.answers])
             is_visual |= answer_tokens(characters, _expansions(shown))

@@ -174,11 +174,11 @@ def _mark_answers(
     return marked
 
 
-def answer_tokens(offsets: Sequence[Span], answers: Sequence[Span]) -> Tensor:
+def answer_tokens(offsets: Sequence[Span] | Tensor, answers: Sequence[Span]) -> Tensor:
     """Find the tokens of the answers.
 
     Args:
-        offsets: per token, its characters in the text; an empty span for tokens that were added.
+        offsets: per token, its characters in the text, [T, 2]; an empty span for tokens that were added.
         answers: spans in the same text.
 
     Returns:
@@ -187,7 +187,7 @@ def answer_tokens(offsets: Sequence[Span], answers: Sequence[Span]) -> Tensor:
     mask = torch.zeros(len(offsets), dtype=torch.bool)
     if not answers:
         return mask
-    starts, ends = torch.tensor(offsets, dtype=torch.int64).T
+    starts, ends = torch.as_tensor(offsets, dtype=torch.int64).T
     for start, end in answers:
         mask |= (starts < end) & (ends > start) & (ends > starts)
     return mask
