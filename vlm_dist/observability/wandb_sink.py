@@ -11,10 +11,14 @@ import json
 import logging
 import netrc
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from vlm_dist.config.masking import masked
 
 logger = logging.getLogger(__name__)
 
@@ -117,16 +121,17 @@ class WandbSink:
         # a setting that this version of wandb does not know is an error there
         settings = wandb.Settings(**{k: v for k, v in wished.items() if k in wandb.Settings.model_fields})
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            mode=mode,
-            project=self._project,
-            name=self._run_name,
-            id=run_id,
-            resume="allow" if run_id else None,
-            dir=str(self._output_dir),
-            config=dict(self._config),
-            settings=settings,
-        )
+        with _masked_arguments():
+            self._run = wandb.init(
+                mode=mode,
+                project=self._project,
+                name=self._run_name,
+                id=run_id,
+                resume="allow" if run_id else None,
+                dir=str(self._output_dir),
+                config=dict(self._config),
+                settings=settings,
+            )
 
     def _attempt(self, what: str, action: Callable[[], Any]) -> bool:
         """Whether it worked; wandb raises many types, also from its service and from pydantic."""
@@ -153,6 +158,17 @@ class WandbSink:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"id": self._run.id}) + "\n", encoding="utf-8")
         temporary.replace(path)
+
+
+@contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """Within, `sys.argv` holds no secret: wandb stores the command line, and a `--set` may name a signed URL."""
+    given = sys.argv
+    sys.argv = [masked(argument) for argument in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def wandb_mode(environ: Mapping[str, str]) -> Literal["online", "offline", "disabled"]:

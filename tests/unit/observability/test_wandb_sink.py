@@ -41,12 +41,12 @@ RUN = """
 def run(tmp_path):
     """Runs training's reporting; gives its output and the seconds that the whole process took."""
 
-    def run(directory, first=0, **environ):
+    def run(directory, first=0, *arguments, **environ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
         clean |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(RUN), str(directory), str(first)],
+            [sys.executable, "-c", textwrap.dedent(RUN), str(directory), str(first), *arguments],
             env=clean | environ, capture_output=True, text=True, timeout=90,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -58,6 +58,14 @@ def run(tmp_path):
 def recorded(directory):
     """The bytes of all offline recordings."""
     return [path.read_bytes() for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"))]
+
+
+def test_the_command_line_is_stored_without_its_secrets(run, tmp_path):
+    run(tmp_path / "run", 0, "--set", "data.train=[{path: https://me:opensesame@host/a.tar}]", "--set", "train.seed=7")
+    (recording,) = recorded(tmp_path / "run")
+    stored = recording + b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("wandb-metadata.json"))
+    assert b"train.seed=7" in stored
+    assert b"opensesame" not in stored
 
 
 def test_without_an_account_the_run_is_recorded_offline_and_a_resumed_run_continues_it(run, tmp_path):
