@@ -50,6 +50,24 @@ def read_json(model_id: str, file_name: str, revision: str | None = None) -> dic
     return content if isinstance(content, dict) else {}
 
 
+def fetch_weights(model_id: str, revision: str | None) -> None:
+    """Bring the weights of a hub repository into the hub's cache, as `from_pretrained` would.
+
+    Raises:
+        ModelError: they are out of reach.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    wished: dict[str, Any] = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+    with translated(model_id, revision, "fetch the weights of"):
+        if cached_file(model_id, SAFE_WEIGHTS_NAME, **wished) is not None:
+            return
+        index = cached_file(model_id, SAFE_WEIGHTS_INDEX_NAME, **wished)
+        if index is not None:
+            get_checkpoint_shard_files(model_id, index, revision=revision or "main")
+
+
 def auto_map_reference(model_id: str, role: str, name: str | None, revision: str | None) -> str | None:
     """The reference ("file.Class") under which the model's repository ships a class.
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlm_dist.errors import ConfigError, ModelError
-from vlm_dist.model.checkpoint_files import read_json
+from vlm_dist.model.checkpoint_files import fetch_weights, read_json
 from vlm_dist.model.conversion import converter_of, native_directory
 from vlm_dist.model.loading_errors import check_present, is_local, translated
 from vlm_dist.model.patch_embedding import use_matrix_products
@@ -156,7 +156,7 @@ def load_model(
 def prepare_checkpoint(
     model_id: str, entry: ModelClassEntry, loading_params: LoadingParams | Mapping[str, Any] | None = None
 ) -> None:
-    """Find all files of a model, and convert them where they are in a format of their own; takes minutes at most once.
+    """Fetch all files of a model, and convert them where they are in a format of their own; takes long at most once.
 
     `load_model` would do the same; a run of several ranks does it before, where waiting for each other has no deadline.
 
@@ -164,7 +164,9 @@ def prepare_checkpoint(
         ModelError: see `load_model`.
     """
     params = _as_dict(loading_params)
-    _find(model_id, entry, "model_class", bool(params.get("trust_remote_code", False)), params.get("revision"))
+    found = _find(model_id, entry, "model_class", bool(params.get("trust_remote_code", False)), params.get("revision"))
+    if not is_local(found.source):
+        fetch_weights(found.source, found.revision)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.unit.model.conftest import ENTRY
 from vlm_dist.config.vlm_model import LoadingParams, ModelClassEntry
 from vlm_dist.errors import ConfigError, ModelError
-from vlm_dist.model import load_model, load_processor, parse_dtype
+from vlm_dist.model import load_model, load_processor, parse_dtype, prepare_checkpoint
 
 
 @pytest.fixture
@@ -151,3 +151,23 @@ def test_what_the_hub_says_is_told(monkeypatch: pytest.MonkeyPatch, error: str, 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
     with pytest.raises(ModelError, match=expected):
         load_model("some/model", ENTRY, {"revision": "v9"})
+
+
+def test_a_hub_model_is_fetched_whole_before_it_is_loaded(
+    tiny_model: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.utils.hub
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_dir, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    tiny_model.save_pretrained(snapshot, max_shard_size="20KB")
+    (tmp_path / "models--someone--tiny" / "refs").mkdir()
+    (tmp_path / "models--someone--tiny" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    prepare_checkpoint("someone/tiny", ENTRY)
+    shard = sorted(snapshot.glob("model-0000*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelError, match=rf"fetch the weights of someone/tiny.*{shard.name}"):
+        prepare_checkpoint("someone/tiny", ENTRY)
