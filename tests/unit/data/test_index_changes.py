@@ -10,10 +10,12 @@ import pytest
 from tests.unit.data.samples import jpeg
 from vlm_dist.data.index import describe, open_index
 from vlm_dist.data.index.describe import describe_shards
-from vlm_dist.data.index.open_index import load_or_scan
+from vlm_dist.data.index.open_index import index_tar, load_or_scan
 from vlm_dist.data.index.shard_index import INDEX_SUFFIX, read_index
 from vlm_dist.data.plan.contents import read_contents, write_contents
 from vlm_dist.data.plan.plan import Plan, PlanSettings
+from vlm_dist.data.shards.update_indexes import update_indexes
+from vlm_dist.data.shards.verify import Finding, verify_shard
 from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.sources import open_source
 from vlm_dist.errors import CheckpointError, DataError
@@ -22,11 +24,19 @@ NUM_SAMPLES = 6
 
 
 @pytest.fixture
-def shard(tmp_path):
+def built(tmp_path):
+    """A shard of our own writer: its index has checksums of all content."""
     with ShardWriter(tmp_path / "data", "s") as writer:
         for i in range(NUM_SAMPLES):
             writer.write({"__key__": f"k{i}", "jpg": picture(i), "json": {"answer": f"a{i}"}})
     return tmp_path / "data" / "s-000000.tar"
+
+
+@pytest.fixture
+def shard(built):
+    """A shard of another's, indexed by its headers."""
+    index_tar(built)
+    return built
 
 
 def picture(seed):
@@ -83,6 +93,8 @@ def test_a_refused_resume_names_the_files_however_often_it_is_tried(tmp_path):
         for i in range(NUM_SAMPLES):
             writer.write({"__key__": f"k{i}", "jpg": picture(i), "json": {"answer": f"a{i}"}})
     shards = sorted((tmp_path / "data").glob("*.tar"))
+    for shard in shards:
+        index_tar(shard)
     run = tmp_path / "run"
     run.mkdir()
     plan = make_plan(shards[0])
@@ -97,6 +109,32 @@ def test_a_refused_resume_names_the_files_however_often_it_is_tried(tmp_path):
         for said in ("changed: s-000001.tar", "missing: s-000002.tar", "new: t.tar", "put these files back", "adapter"):
             assert said in str(refused.value)
         assert "restore the values" not in str(refused.value)
+
+
+def test_a_built_shard_that_has_rotted_is_refused_and_keeps_its_index(built):
+    describe_shards([built])
+    change_bytes(built, b'"a2"', b'"b2"')
+    for attempt in (make_plan, lambda shard: describe_shards([shard]), load_or_scan):
+        with pytest.raises(DataError, match=r"sample k2 is not what was written: copy the shard again.*index --force"):
+            attempt(built)
+    (error,) = update_indexes([built]).errors
+    assert "not what was written" in error
+    assert {finding.problem for finding in findings(built)} == {"content"}
+    assert update_indexes([built], force=True).num_indexed == 1
+    assert make_plan(built).num_epoch_samples == NUM_SAMPLES
+    assert findings(built) == []
+
+
+def test_an_index_that_its_manifest_does_not_list_is_found(built):
+    change_bytes(built, b'"a2"', b'"b2"', keep_time=True)
+    index_tar(built)  # behind the manifest's back
+    (finding,) = findings(built)
+    assert finding.problem == "index"
+    assert "manifest.json beside it lists another index" in finding.message
+
+
+def findings(shard):
+    return [found for found in verify_shard(shard) if isinstance(found, Finding)]
 
 
 def test_a_copied_data_set_keeps_its_index(shard, monkeypatch, caplog):

@@ -128,6 +128,7 @@ def _index_all(paths: Sequence[Path], sizes: Sequence[int], index_dir: Path | No
             paths,
             index_dir,
             workers=workers_for(seconds),
+            force=True,  # what could be kept is
             on_done=lambda outcome: progress.advance(),
         )
     errors = [outcome.error for outcome in outcomes if outcome.error]

@@ -2,13 +2,15 @@
 
 An index of the same size and modification time as its shard is trusted. Where the time differs (the shard was copied,
 touched or replaced) the first and last bytes of its members are compared with the index's checks: what agrees keeps its
-index under the new time, what does not is indexed again, gets another digest, and is refused by a run that resumes.
+index under the new time. What does not agree is indexed again, gets another digest, and is refused by a run that
+resumes; but where the index has checksums of all content, as `ShardWriter` makes them, it is the shard that is wrong.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +29,7 @@ from vlm_dist.data.index.shard_index import (
 )
 from vlm_dist.data.index.tar_headers import TarReader
 from vlm_dist.data.index.tar_scan import scan_tar
-from vlm_dist.errors import DataError
+from vlm_dist.errors import DataError, printable
 
 #: Samples of one shard that are compared when its time has changed; `vlm-dist shards verify` compares all.
 MAX_COMPARED = 10_000
@@ -89,6 +91,9 @@ def recheck(shard: Path, index_dir: Path | None, max_compared: int) -> ShardInde
 
     Returns:
         The index; None where there is none, or the shard has other content.
+
+    Raises:
+        DataError: the index has checksums of all content, and the shard is not what was written.
     """
     status = stat_shard(shard)
     places = sidecar_paths(shard, index_dir)
@@ -101,7 +106,13 @@ def recheck(shard: Path, index_dir: Path | None, max_compared: int) -> ShardInde
                         place, index.num_bytes, status.st_size)  # fmt: skip
         elif index.checks is None:
             continue
-        elif next(_differing_rows(shard, index, max_compared), None) is not None:
+        elif (row := next(_differing_rows(shard, index, max_compared), None)) is not None:
+            if index.checksums is not None:
+                raise DataError(
+                    f"{shard}: the content of sample {printable(index.key(row))} is not what was written: copy the "
+                    f"shard again (vlm-dist shards verify {shlex.quote(str(shard))} lists all such samples); or if it "
+                    f"was changed on purpose: vlm-dist shards index --force {shlex.quote(str(shard))}"
+                )
             log.warning("%s: the shard's content is not what was indexed (%s): indexing again", shard, place)
         else:
             index = replace(index, stamp=stamp_of(status))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_dist.data.index.manifest import ShardEntry
-from vlm_dist.data.index.open_index import index_tar
+from vlm_dist.data.index.open_index import MAX_COMPARED, index_tar, recheck
 from vlm_dist.data.index.tar_scan import probe_scan
 from vlm_dist.errors import DataError
 
@@ -41,6 +41,7 @@ def index_shards(
     *,
     workers: int = 1,
     checksums: bool = False,
+    force: bool = False,
     on_done: Callable[[IndexOutcome], None] | None = None,
 ) -> list[IndexOutcome]:
     """Scan tars and keep their indexes.
@@ -50,6 +51,7 @@ def index_shards(
         index_dir: where indexes go that cannot lie beside their tar.
         workers: processes; 1 works in this one.
         checksums: read all content, and keep a checksum of every sample.
+        force: whatever index there is already; else one that fits is kept (see `recheck`).
         on_done: is called with every outcome as it comes.
 
     Returns:
@@ -70,12 +72,12 @@ def index_shards(
     workers = min(workers, len(paths))
     if workers <= 1:
         for path in paths:
-            finish(_index_one(path, index_dir, checksums))
+            finish(_index_one(path, index_dir, checksums, force))
     else:
         # spawned: a fork would copy the locks of this process's threads, and a GPU context
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as executor:
-            jobs = [executor.submit(_index_in_worker, path, index_dir, checksums) for path in paths]
+            jobs = [executor.submit(_index_in_worker, path, index_dir, checksums, force) for path in paths]
             try:
                 for job in as_completed(jobs):
                     finish(job.result())
@@ -117,16 +119,19 @@ def estimate_seconds(paths: Sequence[Path], sizes: Sequence[int], checksums: boo
     return seconds * sum(sizes) / max(num_bytes, 1)
 
 
-def _index_one(path: Path, index_dir: Path | None, checksums: bool) -> IndexOutcome:
+def _index_one(path: Path, index_dir: Path | None, checksums: bool, force: bool) -> IndexOutcome:
     try:
+        known = None if force else recheck(path, index_dir, MAX_COMPARED)
+        if known is not None and (known.checksums is not None or not checksums):
+            return IndexOutcome(path, ShardEntry.of(path.name, known), None)
         return IndexOutcome(path, ShardEntry.of(path.name, index_tar(path, index_dir, checksums)), None)
     except DataError as error:
         return IndexOutcome(path, None, str(error))
 
 
-def _index_in_worker(path: Path, index_dir: Path | None, checksums: bool) -> IndexOutcome:
+def _index_in_worker(path: Path, index_dir: Path | None, checksums: bool, force: bool) -> IndexOutcome:
     with _collected_warnings() as warnings:
-        outcome = _index_one(path, index_dir, checksums)
+        outcome = _index_one(path, index_dir, checksums, force)
     return IndexOutcome(outcome.path, outcome.entry, outcome.error, tuple(warnings))
 
 

@@ -72,7 +72,7 @@ def update_indexes(
         if advance is not None:
             advance()
 
-    outcomes = index_shards(left, index_dir, workers=workers or 1, checksums=checksums, on_done=on_done)
+    outcomes = index_shards(left, index_dir, workers=workers or 1, checksums=checksums, force=force, on_done=on_done)
     entries |= {outcome.path: outcome.entry for outcome in outcomes if outcome.entry is not None}
     errors = tuple(outcome.error for outcome in outcomes if outcome.error is not None)
     return IndexUpdate(entries, len(outcomes) - len(errors), errors, tuple(_write_manifests(entries)))

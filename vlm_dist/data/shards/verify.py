@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.index.facts import member_kind
+from vlm_dist.data.index.manifest import MANIFEST_NAME, read_manifest
 from vlm_dist.data.index.open_index import stat_shard
 from vlm_dist.data.index.shard_index import ShardIndex, read_index, sidecar_paths
 from vlm_dist.data.index.tar_headers import TarReader
@@ -79,6 +80,13 @@ def verify_shard(path: Path, index_dir: Path | None = None, decode: bool = False
         yield from _compare(path, index, scanned)
     if decode:
         yield from _decode_all(path, scanned, start_row)
+    if start_row == 0 and index is not None:
+        listed = _listed_digest(path)
+        if listed not in (None, index.digest):
+            yield Finding(
+                str(path), "index", f"{MANIFEST_NAME} beside it lists another index; was the shard or its index "
+                "replaced? Copy the data set again, or if it is meant: vlm-dist shards index --force"
+            )  # fmt: skip
     has_checksums = index is not None and index.checksums is not None
     yield ShardRead(len(scanned), scanned.num_bytes, index is not None, has_checksums)
 
@@ -86,6 +94,16 @@ def verify_shard(path: Path, index_dir: Path | None = None, decode: bool = False
 def _first_index(path: Path, index_dir: Path | None) -> ShardIndex | None:
     found = (read_index(place) for place in sidecar_paths(path, index_dir))
     return next((index for index in found if index is not None), None)
+
+
+def _listed_digest(path: Path) -> str | None:
+    """Digest of the shard's index by the manifest of its directory; None where there is none, or a damaged one."""
+    try:
+        manifest = read_manifest(path.parent)
+    except DataError:
+        return None
+    entries = () if manifest is None else manifest.shards
+    return next((entry.index_digest for entry in entries if entry.name == path.name), None)
 
 
 def _compare(path: Path, index: ShardIndex, scanned: ShardIndex) -> Iterator[Finding]:
