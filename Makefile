@@ -4,6 +4,7 @@
 #   make demo DEMO=short   the same with fewer steps;   make demo ZERO=3   the same under ZeRO-3
 #   make test              all tests but the opt-in ones
 #   make check             format, lint, types, import contracts
+#   make chaos             the fault campaign, an hour;   make chaos ONLY="disk full" SEED=3
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -13,6 +14,8 @@ DEMO   ?= full
 ZERO   ?= 2
 BENCH  ?= full
 PYTEST_ARGS ?=
+SEED   ?= 7
+ONLY   ?=
 # test processes: most tests wait for processes that they started; a file stays in one, as its tests share what is slow to make
 JOBS   ?= 2
 
@@ -21,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean bench-scale bench-data
+.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint chaos
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
@@ -55,6 +58,12 @@ bench-data: $(STAMP)  ## the loader and its peers on the same pictures (BENCH=qu
 
 bench-scale: $(STAMP)  ## the planner with 10^9 samples and 1024 ranks; padding and balance of the batching modes
 	$(BIN)/python -m tests.bench.scale
+
+chaos: $(STAMP)  ## every fault of the campaign, through whole runs (SEED=7, ONLY=kind)
+	$(BIN)/python -m tests.chaos --seed $(SEED) $(if $(ONLY),--only "$(ONLY)")
+
+bench-checkpoint: $(STAMP)  ## bytes, stall and time to resume of checkpoints, beside DeepSpeed's own (BENCH=quick: under a minute)
+	$(BIN)/python -m tests.bench.checkpoint $(if $(filter quick,$(BENCH)),--quick)
 
 format: $(STAMP)  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .

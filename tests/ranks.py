@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vlm_dist.distributed.environment import Topology
@@ -55,4 +57,32 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [values[rank] for rank in range(world_size)]
 
 
-__all__ = ["Ranks", "run_ranks"]
+def run_doomed_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 60) -> None:
+    """As `run_ranks`, for ranks that end by themselves or are ended, and give back nothing."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_main, args=(function, rank, world_size, port, args, results), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_seconds
+    waiting = {process.pid: process for process in processes}
+    while waiting and time.monotonic() < deadline:
+        for pid in [pid for pid, process in waiting.items() if not process.is_alive()]:
+            del waiting[pid]
+        if all(_is_stopped(pid) for pid in waiting):
+            break
+        time.sleep(0.05)
+    for process in waiting.values():
+        process.kill()
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether SIGSTOP holds the process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+__all__ = ["Ranks", "run_doomed_ranks", "run_ranks"]

@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     MODEL = 4
     CHECKPOINT = 5
     DISTRIBUTED = 6
+    DIVERGED = 7  # never requeue: the weights are not worth it
     HANG = 70  # EX_SOFTWARE
     PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, requeue
 
@@ -62,6 +63,12 @@ class DistributedError(VlmDistError):
     """The process environment is inconsistent, or ranks disagree where they must not."""
 
     exit_code = ExitCode.DISTRIBUTED
+
+
+class DivergedError(VlmDistError):
+    """The gradient is not finite, and the run is not to go on; a checkpoint of the last good state was written."""
+
+    exit_code = ExitCode.DIVERGED
 
 
 class SkipSample(Exception):  # noqa: N818 - a signal to the materialiser, never shown as an error

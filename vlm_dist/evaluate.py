@@ -28,7 +28,6 @@ from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleR
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.errors import DataError, ModelError
-from vlm_dist.loss import token_loss_sum
 from vlm_dist.model.checkpointing import base_model
 
 if TYPE_CHECKING:
@@ -140,6 +139,7 @@ class Evaluator:
 
         Raises:
             DataError: on every rank, if one cannot read its samples.
+            AskedToStop: on every rank, between two micro-batches: one was asked to stop.
         """
         metrics: dict[str, float] = {}
         predictions: list[Prediction] = []
@@ -168,9 +168,9 @@ class Evaluator:
         tally = _Tally()
         sums: list[tuple[int, Tensor]] = []
         for batch in self._micro_batches(number, self._pool):
-            outputs = self._engine.module(**self._on_device(batch.inputs), use_cache=False)
-            labels = batch.labels.to(outputs.logits.device)
-            sums.append((_order(batch.job), token_loss_sum(outputs.logits, labels, self._ignore_index)))
+            with self._engine.head.giving_loss(batch.labels, self._ignore_index):
+                outputs = self._engine.module(**self._on_device(batch.inputs), use_cache=False)
+            sums.append((_order(batch.job), outputs["loss"]))
             tally.num_target_tokens += batch.num_target_tokens
             tally.num_samples += batch.num_samples
             tally.num_skipped += sum(slot.null_class != "tail" for slot in batch.null_slots)
@@ -213,20 +213,25 @@ class Evaluator:
         assert pool is not None
         jobs = deque[MicroBatchJob]()
         # A rank that cannot plan or read must not leave the others waiting in the model's collectives.
-        with agree_on_failure(self._ranks):
+        with agree_on_failure(self._ranks, leaves_if_asked=True):
             jobs.extend(
                 MicroBatchJob(job.step, job.micro_batch, tuple(_of_source(ref, number) for ref in job.refs))
                 for step in self._plans[number].steps()
                 for job in step.for_rank(self._ranks.rank, self._ranks.world_size)
             )
         unannounced, pending = deque(jobs), deque[Any]()
+        batch: MicroBatch | None = None
         for _ in range(len(jobs)):
-            with agree_on_failure(self._ranks):
+            self._ranks.progress.at("evaluation", samples=batch.origins if batch is not None else ())
+            with agree_on_failure(self._ranks, leaves_if_asked=True):
                 while unannounced and len(unannounced) + _ANNOUNCED > len(jobs):
                     announce(self._sources, unannounced.popleft().refs)
                 while jobs and len(pending) < _PREFETCH:
                     pending.append(pool.submit(jobs.popleft()))
-                batch: MicroBatch = pending.popleft().result()
+                batch = pending.popleft().result()
+            assert batch is not None
+            phase = "generation" if pool is self._generation_pool else "evaluation"
+            self._ranks.progress.at(phase, samples=batch.origins)
             yield batch
 
     def _ranks_tally(self, mine: _Tally) -> _Tally:

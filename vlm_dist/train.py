@@ -11,10 +11,12 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from vlm_dist.errors import VlmDistError
+from vlm_dist.distributed.signals import AT_ONCE, StopRequest
+from vlm_dist.errors import ExitCode, VlmDistError
 
 DEFAULT_CONFIG = Path("configs/run.yaml")
 
@@ -49,6 +51,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; gives back the exit code (see `vlm_dist.errors.ExitCode`)."""
     options = parse_arguments(arguments)
+    stop = StopRequest()
+    stop.install()  # before the imports, which take seconds
     try:
         from vlm_dist.config import load_run
 
@@ -56,27 +60,54 @@ def main(arguments: list[str] | None = None) -> int:
         # torch, transformers and DeepSpeed come in here, when the config is known to be good
         from vlm_dist.build import train
 
-        return int(train(config))
+        return int(train(config, stop))
     except VlmDistError as error:
-        tell(error)
+        tell(error, is_ended=stop.signal is signal.SIGTERM)
         return int(error.exit_code)
     except KeyboardInterrupt:
+        print(AT_ONCE, file=sys.stderr, flush=True)  # noqa: T201
         return 128 + signal.SIGINT
 
 
-def tell(error: VlmDistError) -> None:
+def tell(error: VlmDistError, *, is_ended: bool = False) -> None:
     """Print an error once for all ranks that share it.
 
     A launcher that loses a rank ends the others. So rank 0 speaks, and another rank speaks only if it has not been
     ended by then: the error was its own.
+
+    Args:
+        error: what to tell.
+        is_ended: this process has had SIGTERM already.
     """
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank == "0" or not rank.isdigit():  # not a number: that is what the error is about
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    if signal.sigtimedwait({signal.SIGTERM}, QUIET_SECONDS) is None:
+    if not is_ended and signal.sigtimedwait({signal.SIGTERM}, QUIET_SECONDS) is None:
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def run() -> NoReturn:
+    """Be the command: whatever escapes is printed, and the process ends with its exit code."""
+    try:
+        code = main()
+    except Exception:
+        if not _is_alone():
+            raise  # a debugger shows where
+        traceback.print_exc()
+        code = int(ExitCode.FAILURE)
+    leave(code)
+
+
+def _is_alone() -> bool:
+    """Whether nothing is on the stack but `python -m`: no debugger, no profiler."""
+    frame = sys._getframe()
+    while frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+        if frame.f_back is None:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def leave(code: int) -> NoReturn:
@@ -85,13 +116,8 @@ def leave(code: int) -> NoReturn:
     Taking the interpreter apart would kill a thread of gloo that asks for the GIL meanwhile, and with it, now and then,
     the process: "terminate called without an active exception", and SIGABRT in the place of our exit code.
     """
-    frame = sys._getframe()
-    while frame.f_code.co_filename in (__file__, "<frozen runpy>"):  # what `python -m` has on its stack
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    else:
-        sys.exit(code)  # a debugger or a profiler runs us, and has the last word
+    if not _is_alone():
+        sys.exit(code)  # a debugger or a profiler has the last word
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
@@ -100,4 +126,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    run()

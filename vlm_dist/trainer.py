@@ -7,7 +7,8 @@ nothing of files, processes or DeepSpeed: it is given parts that do.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from vlm_dist.data.feed import FeedStep, StepFeed
-from vlm_dist.data.types import IGNORE_INDEX, StepPlan
+from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, StepPlan
 from vlm_dist.distributed.group import Ranks
-from vlm_dist.engine import Engine, StepOutcome
-from vlm_dist.errors import DataError
-from vlm_dist.loss import token_loss_sum
+from vlm_dist.distributed.signals import AskedToStop, describe_stop
+from vlm_dist.engine import Engine, NonfiniteSteps, StepOutcome
+from vlm_dist.errors import DataError, DivergedError
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.window import MetricWindow
 
@@ -63,10 +64,37 @@ class Evaluates(Protocol):
 
 
 class Saves(Protocol):
-    """What the loop needs of a checkpoint store bound to this run."""
+    """What the loop needs of what saves; it writes while the loop goes on."""
 
-    def __call__(self, position: int) -> str:
-        """Write a checkpoint and name it. Collective: every rank calls this."""
+    def begin(self, position: int) -> None:
+        """Collect a checkpoint of a position, and have it written. Collective: every rank calls this."""
+
+    def evaluated(self, position: int, figures: Mapping[str, float]) -> None:
+        """Hear of an evaluation. Every rank calls this."""
+
+    def finish(self) -> None:
+        """Wait until all is written; raise on all ranks if it cannot be. Collective: every rank calls this."""
+
+    def settle(self) -> None:
+        """Tell all ranks what could not be written, and raise on all where it counts. Collective."""
+
+
+class Records(Protocol):
+    """What the loop needs of a sample ledger."""
+
+    def record(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, is_applied: bool) -> None:
+        """Write down what was in a step, after its update."""
+
+
+class Explains(Protocol):
+    """What the loop needs of something that knows why memory runs out."""
+
+    def __call__(self, doing: str, micro_batch: MicroBatch | None = None) -> AbstractContextManager[None]:
+        """Explain what goes wrong within."""
+
+
+def _unexplained(doing: str, micro_batch: MicroBatch | None = None) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
@@ -90,11 +118,14 @@ class Trainer:
         ranks: this process among its peers.
         cadence: when to log, evaluate, save and end.
         log: where figures and messages go.
-        save: writes a checkpoint of a position.
+        saver: writes checkpoints.
         evaluator: None without held-out data.
         seed: of the run.
         start: number of steps that are done already.
         ignore_index: the label of tokens without loss.
+        ledger: is told the samples of each step; None: nobody asks for them.
+        nonfinite: judges steps that were not applied; None: they are skipped, up to 10 in a row.
+        explaining: a context that explains a want of memory.
     """
 
     def __init__(
@@ -105,21 +136,27 @@ class Trainer:
         ranks: Ranks,
         cadence: Cadence,
         log: MetricLog,
-        save: Saves,
+        saver: Saves,
         evaluator: Evaluates | None,
         seed: int,
         start: int,
         ignore_index: int = IGNORE_INDEX,
+        ledger: Records | None = None,
+        nonfinite: NonfiniteSteps | None = None,
+        explaining: Explains = _unexplained,
     ) -> None:
         self.engine = engine
         self.feed = feed
         self.ranks = ranks
         self.cadence = cadence
         self.log = log
-        self.save = save
+        self.saver = saver
         self.evaluator = evaluator
         self.seed = seed
         self.ignore_index = ignore_index
+        self.ledger = ledger
+        self.explaining = explaining
+        self.nonfinite = nonfinite or NonfiniteSteps("skip", 10, ranks, log.message)
         self.position = start
         self._has_targets = start > 0  # a resumed run has had some before
         self._saved_at = start if start else -1
@@ -132,21 +169,42 @@ class Trainer:
         Raises:
             DataError: a rank's storage failed, or too many samples are damaged; a checkpoint was written first. Or no
                 sample of the whole run could be used.
+            CheckpointError: a checkpoint could not be written.
+            DivergedError: the gradient is not finite, and the configuration says that this ends the run; a checkpoint
+                was written first.
+            ConfigError: memory ran out on this rank.
         """
+        try:
+            return self._run()
+        except AskedToStop as asked:  # by all ranks, in the midst of an evaluation
+            self.log.message(f"{asked}: the evaluation at step {self.position} is given up; saving, then stopping")
+            self._save_and_wait()
+            return Ending.PREEMPTED
+
+    def _run(self) -> Ending:
+        self.ranks.progress.at("data wait", self.position)
         if self.cadence.eval_on_start and self.position == 0:
             self._evaluate()
         for fetched in self.feed if self.position < self.cadence.last_step else ():
+            if fetched.verdict.ranks_with("save_error"):
+                self.saver.settle()
             if fetched.verdict.ranks_with("fetch_error"):
-                self._save()
+                self._save_and_wait()
                 raise self._fetch_failure(fetched)
             if fetched.overdrawn is not None:
-                self._save()
+                self._save_and_wait()
                 raise DataError(fetched.overdrawn.message(self._examples(fetched)))
             if fetched.verdict.ranks_with("stop"):
-                self._save()
+                self.log.message(f"{describe_stop(fetched.verdict.per_rank['stop'])}: saving, then stopping")
+                self._save_and_wait()
                 return Ending.PREEMPTED
-            outcome = self._train_step(fetched)
+            try:
+                outcome = self._train_step(fetched)
+            except DivergedError:  # raised by all ranks alike; nothing of this step was applied
+                self._save_and_wait()
+                raise
             self.position = fetched.plan.step + 1
+            self.ranks.progress.at("reporting", self.position)
             self._report(fetched.plan, outcome)
             if self.cadence.due(self.position, self.cadence.save_steps):
                 self._save()  # first: an evaluation can outlast the grace period of a job that is asked to stop
@@ -154,7 +212,8 @@ class Trainer:
                 self._evaluate()
             if self.position >= self.cadence.last_step:
                 break
-        self._save()
+            self.ranks.progress.at("data wait")
+        self._save_and_wait()
         if not self._has_targets and self.position:
             raise DataError(
                 f"nothing was learned: no sample of the {self.position} steps could be used, or none has an answer; "
@@ -166,20 +225,29 @@ class Trainer:
         """One optimizer update; None where no rank has a target token, so that there is nothing to learn."""
         totals = fetched.verdict.total
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.engine.device)
-        outcome = None
+        losses: list[torch.Tensor] = []
+        outcome, is_lost = None, False
         if totals["num_target_tokens"]:
             self._has_targets = True
             for micro_batch in fetched.micro_batches:
                 seed_micro_batch(self.seed, micro_batch.job.step, micro_batch.job.micro_batch)
-                labels = micro_batch.labels.to(self.engine.device, non_blocking=True)
-                logits = self.engine.forward(micro_batch.inputs)
-                micro_loss = token_loss_sum(logits, labels, self.ignore_index)
-                self.engine.backward(micro_loss, totals["num_target_tokens"])
-                loss_sum += micro_loss.detach()
-            outcome = self.engine.step()
-            if not outcome.applied:
-                self.log.message(f"step {fetched.plan.step + 1}: the gradient is not finite, nothing was updated")
-        self._window.add(loss_sum=loss_sum, totals=totals, data_wait_seconds=fetched.data_wait_seconds)
+                with self.explaining(f"step {fetched.plan.step + 1}", micro_batch):
+                    self.ranks.progress.at("forward", samples=micro_batch.origins)
+                    micro_loss = self.engine.loss(micro_batch.inputs, micro_batch.labels, self.ignore_index)
+                    self.ranks.progress.at("backward", samples=micro_batch.origins)
+                    self.engine.backward(micro_loss, totals["num_target_tokens"])
+                losses.append(micro_loss.detach())
+                loss_sum += losses[-1]
+            self.ranks.progress.at("step", samples=[one for batch in fetched.micro_batches for one in batch.origins])
+            with self.explaining(f"step {fetched.plan.step + 1}, optimizer step"):
+                outcome = self.engine.step()
+            is_lost = self.nonfinite.judge(fetched.plan.step + 1, outcome, losses, fetched.micro_batches)
+        if self.ledger is not None:
+            is_applied = outcome is not None and outcome.applied
+            self.ledger.record(fetched.plan, fetched.micro_batches, is_applied=is_applied)
+        self._window.add(
+            loss_sum=loss_sum, totals=totals, data_wait_seconds=fetched.data_wait_seconds, is_finite=not is_lost
+        )
         return outcome
 
     def _report(self, plan: StepPlan, outcome: StepOutcome | None) -> None:
@@ -205,15 +273,25 @@ class Trainer:
         if self.evaluator is None or self._evaluated_at == self.position:
             return
         self._evaluated_at = self.position
-        self.log.log_eval(self.position, dict(self.evaluator.run(self.position)))
+        self.ranks.progress.at("evaluation")
+        with self.explaining(f"evaluation at step {self.position}"):
+            figures = dict(self.evaluator.run(self.position))
+        self.log.log_eval(self.position, figures)
+        self.saver.evaluated(self.position, figures)
         self._window.restart_clock()
 
     def _save(self) -> None:
         if self._saved_at == self.position or self.position == 0:
             return
         self._saved_at = self.position
-        self.log.message(f"checkpoint written: {self.save(self.position)}")
+        self.ranks.progress.at("saving")
+        self.saver.begin(self.position)
         self._window.restart_clock()
+
+    def _save_and_wait(self) -> None:
+        """Have this position on the disk, before anything ends. Collective: every rank calls this."""
+        self._save()
+        self.saver.finish()
 
     def _examples(self, fetched: FeedStep) -> list[str]:
         """A few unusable samples of any rank, the same on all. Collective: every rank calls this."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,7 +67,65 @@ def test_both_ranks_count_the_targets_of_both() -> None:
 def test_both_ranks_leave_when_one_is_asked_to() -> None:
     one, other = run_ranks(steps_seen, 2, -1, 2)
     assert one == other
-    assert one[-1] == (2, 80, [], [0])
+    assert one[-1] == (2, 40, [], [0])  # it fetches nothing any more
+
+
+class Request:
+    """A wish to stop that comes after some time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.when = time.monotonic() + seconds
+
+    def __call__(self) -> int:
+        return 15 * (time.monotonic() > self.when)
+
+
+class SlowJob:
+    lost_seconds = 0.0
+
+    def __init__(self, make: Maker, job: MicroBatchJob) -> None:
+        self._make, self._job = make, job
+
+    def result(self, timeout_seconds: float) -> MicroBatch:
+        if self._job.step == 3 and self._make.rank == 1:
+            time.sleep(timeout_seconds)
+            raise TimeoutError
+        return self._make(self._job)
+
+
+class SlowPool:
+    """Has workers, of which those of rank 1 never finish step 3."""
+
+    num_workers = 1
+
+    def __init__(self, make: Maker) -> None:
+        self._make = make
+
+    def submit(self, job: MicroBatchJob) -> SlowJob:
+        return SlowJob(self._make, job)
+
+    def close(self) -> None:
+        pass
+
+
+def stop_while_data_is_slow(ranks: Ranks) -> tuple[list[int], list[int], float]:
+    plan = Plan([MemorySource([{}] * 64)], [1.0], PlanSettings(8, 2))
+    agreement = StepAgreement(FEED_FIELDS, ranks.agreement, ranks.world_size)
+    started = time.monotonic()
+    stop = Request(3.0)
+    pool: Any = SlowPool(Maker(ranks.rank))
+    with StepFeed(plan, pool, ranks.rank, ranks.world_size, agreement, stop_requested=stop) as feed:
+        for step in feed:
+            if step.verdict.ranks_with("stop"):
+                return [step.plan.step], step.verdict.per_rank["stop"], time.monotonic() - started
+    return [], [], 0.0
+
+
+def test_a_stop_does_not_wait_for_slow_data_and_all_leave_at_the_same_step() -> None:
+    results = run_ranks(stop_while_data_is_slow, 2)
+    assert [step for step, _, _ in results] == [[3], [3]]
+    assert results[0][1] == results[1][1] in ([0, 15], [15, 15])
+    assert all(seconds < 20 for _, _, seconds in results)
 
 
 def test_both_ranks_leave_when_one_cannot_read() -> None:

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.engine
 
 #: name -> (stage, bf16); each is saved by 2 ranks after two steps.
 SAVED = {
+    "zero0": (0, False),
+    "zero0-bf16": (0, True),
     "zero1": (1, False),
     "zero2": (2, False),
     "zero3": (3, False),
@@ -38,7 +40,14 @@ SAVED = {
 }
 #: what is loaded into which stage and precision.
 LOADED = {
-    1: [("zero2", 3, False), ("zero2", 2, False), ("zero3", 1, False), ("zero3-bf16", 3, True)],
+    1: [
+        ("zero0", 3, False),
+        ("zero3", 0, False),
+        ("zero2", 3, False),
+        ("zero2", 2, False),
+        ("zero3", 1, False),
+        ("zero3-bf16", 3, True),
+    ],
     2: [
         ("zero2", 2, False),
         ("zero3", 3, False),
@@ -47,8 +56,19 @@ LOADED = {
         ("zero2", 3, False),
         ("zero1-bf16", 3, True),
         ("zero3-bf16", 1, True),
+        ("zero0-bf16", 0, True),
+        ("zero0-bf16", 2, True),
+        ("zero1-bf16", 0, True),
+        ("zero2", 0, False),
     ],
-    3: [("zero2", 3, False), ("zero3", 2, False), ("zero3-bf16", 2, True)],
+    3: [
+        ("zero0", 1, False),
+        ("zero0-bf16", 3, True),
+        ("zero3-bf16", 0, True),
+        ("zero2", 3, False),
+        ("zero3", 2, False),
+        ("zero3-bf16", 2, True),
+    ],
 }
 STEPS = [[tiny.micro_batch(10 * step + index, image=step != 1) for index in range(6)] for step in range(3)]
 
@@ -93,7 +113,7 @@ def save_all(ranks: Ranks, model: Path, output: Path) -> dict[str, Any]:
         engine = tiny.make_engine(model, tiny.ds_config(stage, ranks.world_size, bf16=bf16))
         for batches in STEPS[:2]:
             tiny.run_step(engine, batches[ranks.rank :: ranks.world_size], tiny.num_targets(batches))
-        store = CheckpointStore(output / name, save_total_limit=2)
+        store = CheckpointStore(output / name)
         path = save_checkpoint(store, engine, ranks, 2, RunFacts(plan={"position": 2}, global_batch_size=6))
         assert path == output / name / "checkpoint-2"
         assert save_adapter(store, engine, ranks) == output / name / "adapter"
@@ -126,13 +146,13 @@ def load_all(ranks: Ranks, model: Path, output: Path) -> list[dict[str, Any]]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
     root = tmp_path_factory.mktemp("elastic")
     model = tiny.save_tiny_vlm(root / "model")
-    return model, root / "runs", run_ranks(save_all, 2, model, root / "runs", timeout_seconds=120)
+    return model, root / "runs", run_ranks(save_all, 2, model, root / "runs", timeout_seconds=240)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_resumes_bit_for_bit(saved: Any, world_size: int) -> None:
     model, output, by_rank = saved
-    loaded = run_ranks(load_all, world_size, model, output, timeout_seconds=120)
+    loaded = run_ranks(load_all, world_size, model, output, timeout_seconds=240)
     for index, (name, stage, bf16) in enumerate(LOADED[world_size]):
         case = (name, f"zero{stage} on {world_size}")
         wanted, got = by_rank[0][name], loaded[0][index]

@@ -103,7 +103,7 @@ def under_zero(ranks: Ranks, one: Subject, steps: list[Step], stage: int) -> dic
     losses = []
     for step in steps:
         batch = step[ranks.rank]
-        loss = token_loss_sum(engine.forward(batch.inputs), batch.labels)
+        loss = engine.loss(batch.inputs, batch.labels)
         engine.backward(loss, targets(step))
         losses.append(float(loss.detach()))
         assert engine.step().applied

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,12 @@ def load_peft(directory: Path, dtype: torch.dtype = torch.float32, r: int = 5, s
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+def compile_cpu_adam() -> None:
+    """The first time on a machine this takes minutes: in a process of its own, so that forked ranks find it done."""
+    code = "from vlm_dist.engine import prepare_native_ops as p; p({'zero_optimization': {'offload_optimizer': %s}})"
+    subprocess.run([sys.executable, "-c", code % {"device": "cpu"}], check=True, capture_output=True, timeout=900)
+
+
 def micro_batch(seed: int, rows: int = 1, tokens: int = 12, image: bool = True) -> Batch:
     """Inputs and labels of one micro-batch; with an image of 8 x 8 pixels (one token) per row, or none at all."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,20 +124,20 @@ def ds_config(stage: int, world_size: int, **changes: Any) -> dict[str, Any]:
     return merged
 
 
-def make_engine(directory: Path, config: dict[str, Any], r: int = 5, seed: int = 1) -> Engine:
+def make_engine(directory: Path, config: dict[str, Any], r: int = 5, seed: int = 1, **named: Any) -> Engine:
     """An engine over the tiny model."""
     bf16 = config["bf16"]["enabled"]
     with zero_init_context(config):
         model = load_peft(directory, torch.bfloat16 if bf16 else torch.float32, r, seed)
     model.train()
-    return Engine.initialise(model, adamw, groups_of(model), schedule, config)
+    return Engine.initialise(model, adamw, groups_of(model), schedule, config, **named)
 
 
 def run_step(engine: Engine, mine: list[Batch], total: int) -> tuple[float, Any]:
     """One update; gives back this rank's loss sum and the outcome."""
     loss_sum = 0.0
     for inputs, labels in mine:
-        loss = token_loss_sum(engine.forward(inputs), labels)
+        loss = engine.loss(inputs, labels)
         engine.backward(loss, total)
         loss_sum += float(loss.detach())
     return loss_sum, engine.step()

@@ -17,12 +17,15 @@ MAX_GRAD_NORM = 0.3  # below the norm of most steps, so that clipping decides
 
 OFFLOAD = {"device": "cpu", "pin_memory": True}
 CASES: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0},
+    "zero0, recomputation": {"stage": 0, "checkpointing": True},
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
     "zero2, small buckets, round robin": {
         "stage": 2,
         "zero": {"reduce_bucket_size": 300, "overlap_comm": True, "round_robin_gradients": True},
     },
+    "zero2, offload": {"stage": 2, "zero": {"offload_optimizer": OFFLOAD}},
     "zero3": {"stage": 3},
     "zero3, small parameters kept": {"stage": 3, "zero": {"stage3_param_persistence_threshold": 300}},
     "zero3, small buckets": {"stage": 3, "zero": {"reduce_bucket_size": 500, "sub_group_size": 1000}},
@@ -68,6 +71,7 @@ def train(ranks: Ranks, directory: Path, bf16: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_stage_equals_a_plain_loop(tmp_path: Path, world_size: int) -> None:
+    tiny.compile_cpu_adam()
     directory = tiny.save_tiny_vlm(tmp_path / "model")
     plain = tiny.plain_loop(directory, steps(world_size), MAX_GRAD_NORM)
     assert sum(norm > MAX_GRAD_NORM for norm in plain["norms"]) >= 2
@@ -97,8 +101,10 @@ def test_bfloat16_keeps_float32_masters(tmp_path: Path) -> None:
         losses = [sum(rank[name]["losses"][step] for rank in by_rank) / total for step, total in enumerate(totals)]
         assert losses == pytest.approx(plain["losses"], rel=2e-3), name
         assert rank_0["norms"][0] == pytest.approx(plain["norms"][0], rel=1e-2), name
+        # DeepSpeed's CPU Adam rounds in another order than torch's: a weight in bfloat16 may fall the other way
+        close, near = (5e-3, 1e-3) if "offload" in name else (1e-5, 1e-5)
         if not name.startswith("zero3"):
-            assert rank_0["norms"] == pytest.approx(plain["norms"], rel=1e-5), name
+            assert rank_0["norms"] == pytest.approx(plain["norms"], rel=close), name
             for key, weight in plain["weights"].items():
                 error = float((torch.from_numpy(rank_0["masters"][key]) - weight).abs().max())
-                assert error < 1e-5, (name, key, error)
+                assert error < near, (name, key, error)

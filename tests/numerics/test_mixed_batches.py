@@ -6,13 +6,13 @@ which knows neither padding nor dummies. Some micro-batches lack a kind of media
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.numerics.finished_runs import figures, train
+from tests.numerics.mixed_data import ALL_SOURCES, NUM_SAMPLES, make_mixed_run
 from tests.numerics.test_training_invariance import (
     GLOBAL_BATCH_SIZE,
     LOSS_TOLERANCE,
@@ -22,8 +22,7 @@ from tests.numerics.test_training_invariance import (
     ZERO3,
     PlainLoop,
 )
-from tests.tiny_run import TinyRun, make_tiny_run
-from tests.unit.data.faults import picture
+from tests.tiny_run import TinyRun
 from vlm_dist.build import make_lengths, make_materialisers, make_plan, make_processor, open_sources_alone
 from vlm_dist.config import load_run
 from vlm_dist.config.arithmetic import resolve_batch
@@ -32,46 +31,13 @@ from vlm_dist.data.types import MicroBatch, MicroBatchJob
 
 pytestmark = [pytest.mark.numerics, pytest.mark.e2e]
 
-NUM_SAMPLES = {"images": 18, "clips": 7, "albums": 10, "texts": 10}
-SOURCES = json.dumps(
-    [
-        {"name": "images", "type": "tar", "path": "data/images", "columns": {"image": "png"}},
-        {"name": "clips", "type": "tar", "path": "data/clips", "columns": {"video": "mp4"}},
-        {"name": "albums", "type": "jsonl", "path": "data/albums.jsonl"},
-        {"name": "texts", "type": "jsonl", "path": "data/texts.jsonl"},
-    ]
-)
 #: Neighbours in the plan share a micro-batch whatever they are, so that all combinations occur.
-MIXED = (*SETTINGS, f"data.train={SOURCES}", "data.eval=[]", "train.group_by_length=false")
+MIXED = (*SETTINGS, *ALL_SOURCES, "train.group_by_length=false")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    directory = tmp_path_factory.mktemp("mixed")
-    made = make_tiny_run(directory, num_images=NUM_SAMPLES["images"], num_clips=NUM_SAMPLES["clips"])
-    for number in range(5):
-        (directory / "data" / f"{number}.png").write_bytes(picture("PNG", 40 + 9 * number, 60 - 5 * number))
-    albums = [
-        {
-            "image": [f"{(number + i) % 5}.png" for i in range(2 + number % 3)],
-            "question": "same?",
-            "answer": "no " * (number % 4 + 1),
-            "video": None,
-        }
-        for number in range(NUM_SAMPLES["albums"])
-    ]
-    texts = [
-        {
-            "question": "how many " * (number % 3 + 1),
-            "answer": str(number) * (number % 5 + 1),
-            "image": None,
-            "video": None,
-        }
-        for number in range(NUM_SAMPLES["texts"])
-    ]
-    for name, rows in (("albums", albums), ("texts", texts)):
-        (directory / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return made
+    return make_mixed_run(tmp_path_factory.mktemp("mixed"))
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,14 @@ def test_s3_gives_what_the_local_files_have(s3: Any, shards: Path, opening: Open
     assert read_all(remote) == read_all(local)
 
 
+def test_a_name_that_cannot_be_is_refused_at_once(opening: Opening) -> None:
+    with pytest.raises(DataError, match=r"s3://data-bucket/a\.tar: s3:// takes no user and password") as refused:
+        opening("s3://AKIA:opensesame@data-bucket/a.tar")
+    assert "opensesame" not in str(refused.value)
+    with pytest.raises(DataError, match="the store answers ParamValidationError"):  # and does not ask seven times
+        opening("s3://Data Bucket!/a.tar")
+
+
 def test_s3_without_manifest_or_indexes(s3: Any, shards: Path, opening: Opening) -> None:
     for file in shards.iterdir():
         if not file.name.endswith(".tar"):

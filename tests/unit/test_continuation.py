@@ -22,7 +22,8 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def continued(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[str]:
     monkeypatch.chdir(run_file.parent.parent)
     load_run(run_file).write(tmp_path / "resolved_config.yaml")
-    return check_config(load_run(run_file, overrides), Checkpoint(tmp_path, 3, {}))
+    saved = (tmp_path / "resolved_config.yaml").read_text()
+    return check_config(load_run(run_file, overrides), Checkpoint(tmp_path, 3, {}, saved))
 
 
 def test_the_same_configuration_has_no_notice(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +64,10 @@ def test_a_signature_made_anew_is_no_difference_and_no_secret_is_told(
 
     saved = load("https://host/a.tar?sig=old-secret&n=1")
     saved.write(tmp_path / "resolved_config.yaml")
-    checkpoint = Checkpoint(tmp_path, 3, {})
+    checkpoint = Checkpoint(tmp_path, 3, {}, (tmp_path / "resolved_config.yaml").read_text())
     assert check_config(load("https://host/a.tar?sig=new-secret&n=1"), checkpoint) == []
     # of a version that wrote secrets
-    (tmp_path / "resolved_config.yaml").write_text(yaml.safe_dump(saved.model_dump(mode="json")))
+    checkpoint = Checkpoint(tmp_path, 3, {}, yaml.safe_dump(saved.model_dump(mode="json")))
     assert check_config(load("https://host/a.tar?sig=new-secret&n=1"), checkpoint) == []
     (notice,) = check_config(load("https://host/b.tar?sig=new-secret&n=1"), checkpoint)
     assert "a.tar" in notice and "b.tar" in notice and "secret" not in notice

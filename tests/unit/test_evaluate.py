@@ -21,7 +21,7 @@ from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, RawSample, 
 from vlm_dist.demo.tiny_model import TinyShape, save_tiny_qwen2_vl
 from vlm_dist.errors import DataError, ModelError, VlmDistError
 from vlm_dist.evaluate import Evaluator, normalise_answer
-from vlm_dist.loss import token_loss_sum
+from vlm_dist.loss import LabelledHead, token_loss_sum
 from vlm_dist.model import attach_adapter, enable_gradient_checkpointing, load_model, load_processor
 
 ENTRY = ModelClassEntry(
@@ -133,7 +133,10 @@ def make_engine(tiny_dir: Path, adapter: bool = False) -> Any:
         settings = PeftConfig(r=4, lora_dropout=0.2)
         model = attach_adapter(model, settings, {"vision": "lora", "projector": "lora", "language": "lora"}, seed=1)
         enable_gradient_checkpointing(model)
-    return SimpleNamespace(module=model, device=torch.device("cpu"), compute_dtype=torch.float32, zero_stage=2)
+    device = torch.device("cpu")
+    return SimpleNamespace(
+        module=model, device=device, compute_dtype=torch.float32, zero_stage=2, head=LabelledHead(model)
+    )
 
 
 def make_evaluator(ranks: Ranks, tiny_dir: Path, sources: list[Questions], engine: Any, **changes: Any) -> Evaluator:

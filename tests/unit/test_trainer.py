@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +14,20 @@ import torch.distributed as dist
 from vlm_dist.data.error_budget import ErrorBudget
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, StepPlan
 from vlm_dist.distributed.agreement import StepAgreement
+from vlm_dist.distributed.progress import Progress
 from vlm_dist.engine import StepOutcome
-from vlm_dist.errors import DataError
+from vlm_dist.errors import CheckpointError, DataError
+from vlm_dist.loss import token_loss_sum
 from vlm_dist.trainer import Cadence, Ending, Trainer, seed_micro_batch
 
-FIELDS = ("stop", "fetch_error", "num_target_tokens", "num_samples", "num_tokens", "num_computed_tokens", "null_decode")
+FIELDS = (
+    *("stop", "fetch_error", "save_error"),
+    *("num_target_tokens", "num_samples", "num_tokens", "num_computed_tokens", "null_decode"),
+)
 
 
 class Engine:
-    """Counts calls; its logits depend on one parameter, so that backward works."""
+    """Counts calls; its loss depends on one parameter, so that backward works."""
 
     device = torch.device("cpu")
 
@@ -30,10 +36,10 @@ class Engine:
         self.num_targets: list[int] = []
         self.noise: list[float] = []
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.calls.append("forward")
+    def loss(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        self.calls.append("loss")
         self.noise.append(float(torch.rand(())))
-        return torch.zeros(1, 4, 8, requires_grad=True)
+        return token_loss_sum(torch.zeros(1, 4, 8, requires_grad=True), labels, ignore_index)
 
     def backward(self, loss_sum: torch.Tensor, num_target_tokens: int) -> None:
         self.calls.append("backward")
@@ -63,6 +69,30 @@ class Log:
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+
+@dataclass
+class Saver:
+    """Fails, where it does, when the ranks agree."""
+
+    saved: list[int]
+    judged: list[int] = field(default_factory=list)
+    finished: list[int] = field(default_factory=list)
+    error: str | None = None
+
+    def begin(self, position: int) -> None:
+        self.saved.append(position)
+
+    def evaluated(self, position: int, figures: Any) -> None:
+        self.judged.append(position)
+
+    def finish(self) -> None:
+        self.finished.append(self.saved[-1] if self.saved else 0)
+        self.settle()
+
+    def settle(self) -> None:
+        if self.error:
+            raise CheckpointError(self.error)
 
 
 def feed(start: int, stop: int, *, events: dict[int, dict[str, int]] | None = None, num_micro_batches: int = 2) -> Any:
@@ -100,7 +130,11 @@ def feed(start: int, stop: int, *, events: dict[int, dict[str, int]] | None = No
 def ranks(tmp_path: Any) -> Any:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield SimpleNamespace(
-        rank=0, world_size=1, control=dist.new_group(backend="gloo"), gather_objects=lambda value: [value]
+        rank=0,
+        world_size=1,
+        control=dist.new_group(backend="gloo"),
+        gather_objects=lambda value: [value],
+        progress=Progress(),
     )
     dist.destroy_process_group()
 
@@ -109,10 +143,6 @@ def make(ranks: Any, steps: Any, start: int = 0, **cadence: Any) -> tuple[Traine
     engine, log, saved = Engine(), Log(), []
     settings = {"num_steps": 10, "logging_steps": 0, "eval_steps": 0, "save_steps": 0} | cadence
 
-    def save(position: int) -> str:
-        saved.append(position)
-        return f"checkpoint-{position}"
-
     evaluator = SimpleNamespace(run=lambda position: {"loss": 1.0})
     trainer = Trainer(
         engine=engine,  # type: ignore[arg-type]
@@ -120,7 +150,7 @@ def make(ranks: Any, steps: Any, start: int = 0, **cadence: Any) -> tuple[Traine
         ranks=ranks,
         cadence=Cadence(**settings),
         log=log,  # type: ignore[arg-type]
-        save=save,
+        saver=Saver(saved),
         evaluator=evaluator,
         seed=42,
         start=start,
@@ -137,7 +167,7 @@ def test_everything_happens_when_it_is_due_and_at_the_end(ranks: Any) -> None:
     assert log.losses == pytest.approx([torch.log(torch.tensor(8.0)).item()] * 3)
     assert log.evals == [0, 3, 6, 9, 10]
     assert saved == [5, 10]
-    assert engine.calls == ["forward", "backward", "forward", "backward", "step"] * 10
+    assert engine.calls == ["loss", "backward", "loss", "backward", "step"] * 10
     assert set(engine.num_targets) == {6}  # of the whole step, not of the micro-batch
 
 
@@ -209,3 +239,19 @@ def test_dropout_depends_on_the_micro_batch_and_not_on_who_runs_it(ranks: Any) -
     assert whole[1].noise[4:] == resumed[1].noise
     seed_micro_batch(42, 3, 1)
     assert float(torch.rand(())) == whole[1].noise[-1]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_the_next_step(ranks: Any) -> None:
+    trainer, engine, _, saved = make(ranks, feed(0, 10, events={5: {"save_error": 1}}), save_steps=4)
+    trainer.saver.error = "checkpoint-4 could not be written"  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="checkpoint-4 could not be written"):
+        trainer.run()
+    assert (saved, engine.calls.count("step")) == ([4], 5)
+
+
+@pytest.mark.parametrize("event", ["stop", "fetch_error", None])
+def test_whatever_ends_the_run_waits_for_what_is_being_written(ranks: Any, event: str | None) -> None:
+    trainer, *_ = make(ranks, feed(0, 10, events={7: {event: 1}} if event else None), save_steps=4)
+    with contextlib.suppress(DataError):
+        trainer.run()
+    assert trainer.saver.finished == [7 if event else 10]  # type: ignore[attr-defined]

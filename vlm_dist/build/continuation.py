@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -11,16 +10,17 @@ from typing import Any
 import yaml
 
 from vlm_dist import __version__
-from vlm_dist.checkpoint import Checkpoint, CheckpointStore, RunFacts
-from vlm_dist.checkpoint.layout import RESOLVED_CONFIG
+from vlm_dist.checkpoint import Checkpoint, CheckpointStore, Places, RunFacts, find_places
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch
 from vlm_dist.config.masking import without_secrets
+from vlm_dist.data.plan.contents import read_contents
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine
-from vlm_dist.errors import CheckpointError, ConfigError
+from vlm_dist.errors import CheckpointError
+from vlm_dist.optim import make_lr_schedule
 
 
 def fit_batch(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> BatchArithmetic:
@@ -29,25 +29,23 @@ def fit_batch(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) ->
     return resolve_batch(config.train, ranks.world_size, saved, allow_idle=True)
 
 
-def prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks) -> None:
-    """Refuse to mix two runs in one directory, or one that cannot be written. Collective: every rank calls this."""
+def prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks) -> Places:
+    """Refuse to mix two runs in one directory, or one that cannot be written. Collective: every rank calls this.
+
+    Returns:
+        Who writes there.
+    """
     output_dir = config.train.output_dir
+    places = find_places(output_dir, ranks)
     with agree_on_failure(ranks):
-        if ranks.is_main:
+        if places.is_writer:
             if config.train.resume is False and store.latest() is not None:
                 raise CheckpointError(
                     f"{output_dir} has checkpoints of an earlier run, and resume is false; set train.resume=auto to "
                     "continue it, or another train.output_dir"
                 )
-            try:
-                output_dir.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=output_dir):
-                    pass
-            except OSError as error:
-                raise ConfigError(
-                    f"train.output_dir: cannot write to {output_dir}: {error.strerror}; "
-                    "name a directory that can be written"
-                ) from error
+            store.recover()
+    return places
 
 
 def check_end(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -60,7 +58,7 @@ def check_end(checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def run_facts(
-    config: RunConfig, batch: BatchArithmetic, engine: Engine, ranks: Ranks
+    config: RunConfig, batch: BatchArithmetic, engine: Engine, ranks: Ranks, num_steps: int
 ) -> Callable[[dict[str, Any]], RunFacts]:
     """What a checkpoint says besides tensors, given the plan's state."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")}
@@ -69,7 +67,7 @@ def run_facts(
         plan=plan_state,
         global_batch_size=batch.global_batch_size,
         resolved_config=resolved,
-        scheduler=_schedule_facts(config),
+        scheduler=_schedule_facts(config) | {"num_steps": num_steps},
         versions={"vlm-dist": __version__, **versions, "python": platform.python_version()},
         topology={"world_size": ranks.world_size, "zero_stage": engine.zero_stage},
     )
@@ -88,6 +86,51 @@ def _schedule_facts(config: RunConfig) -> dict[str, Any]:
     return {key: getattr(config.train, key) for key in keys}
 
 
+def check_continuation(config: RunConfig, checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Compare a checkpoint with the run that is to continue it.
+
+    Returns:
+        One line for the log per difference that may be.
+
+    Raises:
+        CheckpointError: data, order, model or adapter are others, and `train.resume_anyway` does not name them; or the
+            run ends before the checkpoint.
+    """
+    told = []
+    try:
+        plan.check_state(checkpoint.info["plan"], read_contents(checkpoint.path.parent))
+    except CheckpointError as error:
+        if "data" not in config.train.resume_anyway:
+            raise CheckpointError(
+                f"{error}; or go on all the same with train.resume_anyway=[data]: samples may be repeated or left out"
+            ) from error
+        told.append(
+            f"train.resume_anyway has data: the run goes on at step {checkpoint.step} of another order, in which "
+            f"samples may be repeated or left out. {str(error).splitlines()[0]}\n"
+            + "\n".join(line for line in str(error).splitlines()[1:] if line.startswith(" "))
+        )
+    check_end(checkpoint, plan)
+    length = _describe_length(config, checkpoint, plan)
+    return [*told, *check_config(config, checkpoint), *([length] if length is not None else [])]
+
+
+def _describe_length(config: RunConfig, checkpoint: Checkpoint, plan: Plan) -> str | None:
+    """What becomes of the learning rate where the run is longer or shorter than was planned."""
+    planned = checkpoint.info["scheduler"].get("num_steps")
+    if planned is None or planned == plan.num_steps:
+        return None
+    updates = checkpoint.info["optimizer"]["step"]
+    before, now = (
+        config.train.learning_rate * make_lr_schedule(config.train, length)(min(updates, length))
+        for length in (planned, plan.num_steps)
+    )
+    return (
+        f"the run has {plan.num_steps} steps now, and had {planned} when the checkpoint was written: from here on the "
+        f"learning rate is that of {plan.num_steps} steps ({now:.2e}; with {planned} it would be {before:.2e}); what "
+        "is done stays as it is"
+    )
+
+
 #: What makes the adapter another one: a checkpoint of other values is not continued.
 FIXED = (
     "model_id",
@@ -97,7 +140,7 @@ FIXED = (
 #: What says where and how far to run, and changes nothing of what is learned.
 FREE = (
     *("deepspeed", "train.output_dir", "train.resume", "train.stop_at_step", "train.run_name", "data.index_dir"),
-    "peft.adapter",  # says where the run began
+    *("train.resume_anyway", "peft.adapter", "train.sample_ledger"),  # where the run began, and what it tells of itself
 )
 
 
@@ -108,21 +151,25 @@ def check_config(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
         One notice per value that differs and may.
 
     Raises:
-        CheckpointError: the base model or the adapter is another one; lists all differences of them.
+        CheckpointError: the base model or the adapter is another one, and `train.resume_anyway` does not have model;
+            lists all differences of them.
     """
-    written = yaml.safe_load((checkpoint.path / RESOLVED_CONFIG).read_text(encoding="utf-8")) or {}
+    written = yaml.safe_load(checkpoint.resolved_config) or {}
     saved = _flat(without_secrets(written))  # a signature that was made anew is no difference
     now = _flat(yaml.safe_load(config.to_yaml()))
     differing = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
     lines = {key: f"{key}: {saved[key]!r} in the checkpoint, now {now[key]!r}" for key in differing}
     fixed = [lines[key] for key in differing if _is_within(key, FIXED)]
-    if fixed:
+    if fixed and "model" in config.train.resume_anyway:
+        fixed[0] = f"train.resume_anyway has model: the weights were learned with another one. {fixed[0]}"
+    elif fixed:
         raise CheckpointError(
             f"{checkpoint.path} is of another model or adapter:\n  "
             + "\n  ".join(fixed)
-            + "\nrestore the values of the checkpoint, or start a new run in another train.output_dir"
+            + "\nrestore the values of the checkpoint, or start a new run in another train.output_dir; or go on "
+            "all the same with train.resume_anyway=[model]: the weights were learned with what the checkpoint has"
         )
-    return [lines[key] for key in differing if not _is_within(key, FREE)]
+    return [*fixed, *(lines[key] for key in differing if not _is_within(key, (*FREE, *FIXED)))]
 
 
 def _is_within(key: str, prefixes: tuple[str, ...]) -> bool:

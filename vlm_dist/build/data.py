@@ -38,7 +38,7 @@ def open_sources(config: RunConfig, which: str, ranks: Ranks) -> list[Source]:
     """
     opened: list[Source] = []
     for turn in (True, False):
-        with long_work(ranks, f"opening data.{which}") as work:
+        with long_work(ranks, f"opening data.{which}", leaves_if_asked=True) as work:
             if (ranks.topology.local_rank == 0) is turn:
                 opened = open_sources_alone(config, which, work)
     return opened

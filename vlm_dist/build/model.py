@@ -19,6 +19,7 @@ from vlm_dist.model import (
     make_room_for_tokens,
     parse_dtype,
     quantization_arguments,
+    run_frozen_towers_without_graph,
     tower_table,
 )
 
@@ -49,8 +50,10 @@ def make_model(
         model: Any = load_model(config.model_id, config.model_entry, loading, dtype=train.precision)
         num_rows = make_room_for_tokens(model, processor.new_token_ids, train.seed)
         model = attach_adapter(model, config.peft, towers, seed=train.seed)
+    run_frozen_towers_without_graph(model)
     if train.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+        recomputed = enable_gradient_checkpointing(model, **train.gradient_checkpointing_policy.model_dump())
+        report(f"gradient checkpointing: {'; '.join(map(str, recomputed))}")
     table = tower_table(model, towers, train.learning_rate, rates)
     report(format_tower_table(table))
     with agree_on_failure(ranks):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_dist.build.continuation import check_config, check_end, fit_batch, prepare_output_dir, run_facts
+from vlm_dist.build.continuation import check_continuation, fit_batch, prepare_output_dir, run_facts
 from vlm_dist.build.data import (
     describe_plan,
     lookahead_steps,
@@ -19,42 +20,57 @@ from vlm_dist.build.data import (
     open_sources,
     ranks_per_node,
 )
+from vlm_dist.build.ending import collective_timeout, told_clearly
 from vlm_dist.build.lengths import describe_lengths, make_lengths
+from vlm_dist.build.memory_check import guard_memory, make_worst_case
 from vlm_dist.build.model import make_model
+from vlm_dist.build.saving import make_saver
 from vlm_dist.checkpoint import (
     CheckpointStore,
     choose_checkpoint,
     open_starting_point,
     restore_checkpoint,
     save_adapter,
-    save_checkpoint,
     start_from,
 )
 from vlm_dist.config import RunConfig
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
-from vlm_dist.data.plan.contents import read_contents, write_contents
+from vlm_dist.data.ledger import SampleLedger
+from vlm_dist.data.plan.contents import write_contents
 from vlm_dist.data.purposes import PurposePool
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, Source
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
+from vlm_dist.distributed.collectives import compare_collectives
 from vlm_dist.distributed.environment import resolve_topology
 from vlm_dist.distributed.failures import agree_on_failure
-from vlm_dist.distributed.group import Ranks, init_process_groups, is_lost_peer, shut_down
+from vlm_dist.distributed.group import Ranks, init_process_groups, shut_down
 from vlm_dist.distributed.patience import long_work
-from vlm_dist.distributed.signals import StopRequest
-from vlm_dist.engine import Engine, load_deepspeed_json, merge_deepspeed_config, prepare_deepspeed
-from vlm_dist.errors import DistributedError, ExitCode
+from vlm_dist.distributed.signals import AskedToStop, StopRequest
+from vlm_dist.engine import (
+    Engine,
+    NonfiniteSteps,
+    load_deepspeed_json,
+    merge_deepspeed_config,
+    prepare_deepspeed,
+    prepare_native_ops,
+)
+from vlm_dist.errors import ExitCode
 from vlm_dist.evaluate import Evaluator
-from vlm_dist.model import check_quantization, prepare_checkpoint, tower_rates
+from vlm_dist.model import check_quantization, prepare_checkpoint, tower_namer, tower_rates
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.logging_setup import configure_logging
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
 from vlm_dist.trainer import Ending, Trainer
 
 
-def train(config: RunConfig) -> ExitCode:
+def train(config: RunConfig, stop: StopRequest | None = None) -> ExitCode:
     """Run a configuration to its end, on whatever processes there are. Every rank calls this.
+
+    Args:
+        config: of the run.
+        stop: listens to the signals of this process already; None: it is made here.
 
     Raises:
         VlmDistError: with one clear message, after all ranks have left together.
@@ -62,20 +78,20 @@ def train(config: RunConfig) -> ExitCode:
     topology = resolve_topology(os.environ)
     prepare_deepspeed()
     configure_logging(topology.rank, topology.world_size)
-    stop = StopRequest()
-    stop.install()
-    ranks = init_process_groups(topology)
+    if stop is None:
+        stop = StopRequest()
+        stop.install()
+    if config.train.debug_collectives:
+        compare_collectives()
+    ranks = init_process_groups(topology, collective_timeout(config.train), stop)
+    ending = Ending.PREEMPTED
     try:
-        with run_parts(config, ranks, stop) as parts:
+        with told_clearly(config.train, ranks), run_parts(config, ranks) as parts:
             ending = parts.trainer.run()
             parts.tell_ending(ending)
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        raise DistributedError(
-            f"another rank is gone (its own message is above, or on its node): {str(error).splitlines()[0]}. "
-            "Continue from the newest checkpoint with train.resume=auto"
-        ) from error
+    except AskedToStop as asked:
+        if ranks.is_main:
+            logging.getLogger(__name__).info("stopped by a signal at start-up (%s); there is nothing to save", asked)
     shut_down()
     return ExitCode.PREEMPTED if ending is Ending.PREEMPTED else ExitCode.DONE
 
@@ -99,9 +115,10 @@ class RunParts:
 
 
 @contextmanager
-def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[RunParts]:
+def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
     """Build all parts of a run, and take them apart again in the reverse order. Collective: every rank calls this."""
     train_config = config.train
+    ranks.leave_if_asked()
     with ExitStack() as stack:
         log = MetricLog(
             train_config.output_dir,
@@ -111,9 +128,9 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             config=config.dump(),
             wandb_project=train_config.wandb_project,
         )
-        store = CheckpointStore(train_config.output_dir, train_config.save_total_limit, report=log.message)
-        prepare_output_dir(config, store, ranks)
-        checkpoint = choose_checkpoint(store, ranks, train_config.resume)
+        store = CheckpointStore(train_config.output_dir, report=log.message)
+        places = prepare_output_dir(config, store, ranks)
+        checkpoint = choose_checkpoint(store, ranks, train_config.resume, places)
         for notice in config.notices:
             log.message(f"notice: {notice}")
 
@@ -126,8 +143,10 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         eval_sources = open_sources(config, "eval", ranks)
         differences: list[str] = []
         loading_params = config.model.loading_for(config.model_id)
-        with long_work(ranks, f"preparing {config.model_id}"):  # a conversion may take longer than a collective waits
+        # a conversion may take longer than a collective waits
+        with long_work(ranks, f"preparing {config.model_id}", leaves_if_asked=True):
             prepare_checkpoint(config.model_id, config.model_entry, loading_params)
+            prepare_native_ops(ds_json)  # offloading compiles what it needs, the first time
         with agree_on_failure(ranks):
             processor, family = make_processor(config)
             materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
@@ -137,9 +156,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         with agree_on_failure(ranks):
             plan = make_plan(config, train_sources, batch, lengths, per_node)
             if checkpoint is not None:
-                plan.check_state(checkpoint.info["plan"], read_contents(checkpoint.path.parent))
-                check_end(checkpoint, plan)
-                differences = check_config(config, checkpoint) if ranks.is_main else []
+                differences = check_continuation(config, checkpoint, plan)
             about_plan = describe_plan(config, plan, batch, checkpoint.step if checkpoint is not None else 0)
             cadence = make_cadence(config, plan.num_steps)
             if ranks.is_main:  # only now: a run that is refused leaves that of the run before it alone
@@ -152,10 +169,12 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         for line in about_plan:
             log.message(line)
 
+        ranks.leave_if_asked()
         # Model: its start depends on the seed alone, or on what it is told to start from; then wrapped.
         begin = open_starting_point(config.peft, ranks) if checkpoint is None else None
         merge = _ds_merger(config, ds_json, ranks)
         model, num_trainable = make_model(config, merge(None)[0], processor, ranks, log.message)
+        ranks.leave_if_asked()
         started = begin.parameter_names(model) if begin is not None else {}
         ds_config, derived = merge(num_trainable)
         for value in derived:
@@ -171,6 +190,7 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             make_lr_schedule(train_config, plan.num_steps),
             ds_config,
             control_group=ranks.control,
+            report=log.message,
         )
         stack.callback(engine.close)
         if checkpoint is not None:
@@ -182,13 +202,27 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             start_from(begin, engine, started, ranks)
             log.message(f"started from {begin.path}: {len(started)} weights")
 
+        guard = guard_memory(
+            config,
+            engine,
+            ds_config,
+            ranks,
+            log.message,
+            lambda: make_worst_case(config, train_sources, eval_sources, processor, family, batch.per_device),
+        )
+
         # The loop's own parts; whatever has processes or files is closed with the stack.
         quarantine = stack.enter_context(Quarantine(train_config.output_dir, ranks.rank))
+        ledger = None
+        if train_config.sample_ledger:
+            ledger = stack.enter_context(SampleLedger.open(train_config.output_dir, ranks, start))
         has_gpu = engine.device.type == "cuda"
         if train_config.dataloader_pin_memory and not has_gpu:
             log.message("notice: train.dataloader_pin_memory: true has no effect without a GPU")
         pool = make_pool(config, materialise, has_gpu)
         stack.callback(pool.close)
+        facts = run_facts(config, batch, engine, ranks, plan.num_steps)
+        saver = make_saver(config, ranks, engine, places, plan.num_steps, lambda at: facts(plan.state(at)), log)
         feed = StepFeed(
             plan,
             pool,
@@ -197,7 +231,8 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
             agreement=StepAgreement(FEED_FIELDS, ranks.agreement, ranks.world_size),
             start_step=start,
             prefetch_steps=train_config.dataloader_prefetch_factor,
-            stop_requested=lambda: bool(stop),
+            stop_requested=lambda: ranks.stop.number,
+            save_failed=lambda: saver.has_failed,
             quarantine=quarantine,
             max_bad_share=config.data.max_bad_share,
             sources=train_sources,
@@ -206,8 +241,8 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
         stack.callback(feed.close)
         log.start(start_step=start, num_steps=plan.num_steps)
         stack.push(log)
+        stack.push(saver)  # closed before the log: it still has something to tell
 
-        facts = run_facts(config, batch, engine, ranks)
         yield RunParts(
             trainer=Trainer(
                 engine=engine,
@@ -215,11 +250,20 @@ def run_parts(config: RunConfig, ranks: Ranks, stop: StopRequest) -> Iterator[Ru
                 ranks=ranks,
                 cadence=cadence,
                 log=log,
-                save=lambda position: str(save_checkpoint(store, engine, ranks, position, facts(plan.state(position)))),
+                saver=saver,
                 evaluator=make_evaluator(config, ranks, engine, eval_sources, pool, processor, quarantine),
                 seed=train_config.seed,
                 start=start,
                 ignore_index=config.collator.label_masking.ignore_index,
+                explaining=guard.explaining,
+                ledger=ledger,
+                nonfinite=NonfiniteSteps(
+                    train_config.nonfinite_steps,
+                    train_config.max_nonfinite_steps,
+                    ranks,
+                    log.message,
+                    tower_namer(model),
+                ),
             ),
             log=log,
             publish_adapter=lambda: save_adapter(store, engine, ranks),

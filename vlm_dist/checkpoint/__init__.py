@@ -3,17 +3,24 @@
 from vlm_dist.checkpoint.adapter import AdapterExport, export_adapter
 from vlm_dist.checkpoint.collective import choose_checkpoint, restore_checkpoint, save_adapter, save_checkpoint
 from vlm_dist.checkpoint.layout import Checkpoint
+from vlm_dist.checkpoint.places import Places, find_places
+from vlm_dist.checkpoint.retention import Retention
+from vlm_dist.checkpoint.saver import CheckpointSaver
 from vlm_dist.checkpoint.store import CheckpointStore, RunFacts
 from vlm_dist.checkpoint.warm_start import StartingPoint, open_starting_point, start_from
 
 __all__ = [
     "AdapterExport",
     "Checkpoint",
+    "CheckpointSaver",
     "CheckpointStore",
+    "Places",
+    "Retention",
     "RunFacts",
     "StartingPoint",
     "choose_checkpoint",
     "export_adapter",
+    "find_places",
     "open_starting_point",
     "restore_checkpoint",
     "save_adapter",

@@ -40,30 +40,59 @@ class AdapterExport:
     outside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class AdapterForm:
+    """How what is trained is written down; the same during the whole run, so that a thread can do it.
+
+    Attributes:
+        keys: of the saved file -> the parameters that they hold, by name in the model.
+        config: of adapter_config.json; None without an adapter.
+        dtype: that the model computes in; masters are rounded to it as they are for the forward pass.
+    """
+
+    keys: Mapping[str, str]
+    config: Mapping[str, Any] | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, dtype: torch.dtype, adapter: str = "default", names: Iterable[str] | None = None
+    ) -> AdapterForm:
+        """Find out. Reads no weight of the model, which may be partitioned.
+
+        Args:
+            model: that is trained.
+            dtype: that it computes in.
+            adapter: PEFT's name of the adapter.
+            names: of what is trained, as `model.named_parameters()` has them; None: what has a gradient.
+        """
+        if names is None:
+            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        keys = saved_names(model, names, adapter)
+        if not isinstance(model, PeftModel):
+            return cls(keys, None, dtype)
+        trained_whole = [key.removeprefix(PREFIX) for key, name in keys.items() if ".lora_" not in name]
+        config = _config_of(model, adapter)
+        config["modules_to_save"] = listed_modules(model.get_base_model(), trained_whole) or None
+        return cls(keys, config, dtype)
+
+    def export(self, masters: Mapping[str, Tensor]) -> AdapterExport:
+        """Name and round what was trained.
+
+        Args:
+            masters: whole float32 tensors by the names of `model.named_parameters()`.
+        """
+        rounded = {name: tensor.to(self.dtype).contiguous() for name, tensor in masters.items()}
+        if self.config is None:
+            return AdapterExport(None, {}, rounded)
+        return AdapterExport(self.config, {key: rounded[name] for key, name in self.keys.items()})
+
+
 def export_adapter(
     model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype, adapter: str = "default"
 ) -> AdapterExport:
-    """Name and round what was trained. Reads no weight of the model, which may be partitioned.
-
-    Args:
-        model: that was trained.
-        masters: whole float32 tensors by the names of `model.named_parameters()`.
-        dtype: that the model computes in; masters are rounded to it as they are for the forward pass.
-        adapter: PEFT's name of the adapter.
-    """
-    rounded = {name: tensor.to(dtype).contiguous() for name, tensor in masters.items()}
-    if not isinstance(model, PeftModel):
-        return AdapterExport(None, {}, rounded)
-    names = saved_names(model, masters, adapter)
-    used: set[str] = set()
-    tensors = {}
-    for key, name in names.items():
-        tensors[key] = rounded[name].clone() if name in used else rounded[name]  # a file has no shared tensors
-        used.add(name)
-    trained_whole = [key.removeprefix(PREFIX) for key, name in names.items() if ".lora_" not in name]
-    config = _config_of(model, adapter)
-    config["modules_to_save"] = listed_modules(model.get_base_model(), trained_whole) or None
-    return AdapterExport(config, tensors)
+    """Name and round what was trained, once; see `AdapterForm`."""
+    return AdapterForm.of(model, dtype, adapter, masters).export(masters)
 
 
 def saved_names(model: nn.Module, names: Iterable[str], adapter: str = "default") -> dict[str, str]:

@@ -1,32 +1,22 @@
-"""What all ranks do together: save, choose a checkpoint, restore. Rank 0 alone touches the disk.
-
-State is collected in the step's thread, straight from the engine: nothing of DeepSpeed's own saving is used, because it
-is not safe against a crash. Only the collecting is collective; everything after `collect_trainable` is rank 0's alone
-and works on tensors in its memory, so that it can move to a thread of its own.
-"""
+"""What all ranks do together outside the loop: choose a checkpoint, restore it, and publish the adapter of the end."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from vlm_dist.checkpoint.adapter import export_adapter
 from vlm_dist.checkpoint.layout import Checkpoint
+from vlm_dist.checkpoint.places import Places
 from vlm_dist.checkpoint.store import CheckpointStore, RunFacts
-from vlm_dist.distributed.failures import agree_on_failure
+from vlm_dist.distributed.failures import agree_on_failure, describe_failure, raise_first
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine, TrainableState
 from vlm_dist.errors import CheckpointError
 
 
 def save_checkpoint(store: CheckpointStore, engine: Engine, ranks: Ranks, step: int, facts: RunFacts) -> Path:
-    """Collect from all ranks, write on rank 0. Collective: every rank calls this.
-
-    Args:
-        store: of the run; only rank 0's is used.
-        engine: between two steps.
-        ranks: this process among its peers.
-        step: steps that are done.
-        facts: what a resumed run needs besides tensors.
+    """Collect from all ranks, write on rank 0, and wait for it: without a loop that could go on. Collective.
 
     Returns:
         The checkpoint's directory.
@@ -34,7 +24,7 @@ def save_checkpoint(store: CheckpointStore, engine: Engine, ranks: Ranks, step: 
     Raises:
         CheckpointError: on every rank, if rank 0 could not write.
     """
-    trainable = engine.collect_trainable()
+    trainable = engine.save(store.output_dir, f"step-{step}")
     path = None
     with agree_on_failure(ranks):
         if trainable is not None:
@@ -59,27 +49,38 @@ def save_adapter(store: CheckpointStore, engine: Engine, ranks: Ranks) -> Path:
     return ranks.broadcast_object(path)
 
 
-def choose_checkpoint(store: CheckpointStore, ranks: Ranks, resume: str | bool | Path) -> Checkpoint | None:
+def choose_checkpoint(
+    store: CheckpointStore, ranks: Ranks, resume: str | bool | Path, places: Places | None = None
+) -> Checkpoint | None:
     """Find what to resume from, before the engine exists. Collective: every rank calls this.
 
     Args:
-        store: of the run; only rank 0's is used, so the others need not see the same disk.
+        store: of the run; only the writers' are used, so the others need not see the same disk.
         ranks: this process among its peers.
-        resume: `auto` (the newest complete checkpoint, if any), false, or the path of one.
+        resume: `auto` (the newest complete checkpoint on any node, if there is one), false, or the path of one.
+        places: who writes; None: rank 0 alone.
 
     Returns:
         The same verified checkpoint on every rank, or None.
 
     Raises:
-        CheckpointError: on every rank: the given path cannot be used.
+        CheckpointError: on every rank: the given path cannot be used on any node.
     """
     if resume is False or resume == "false":
         return None
-    chosen = None
-    with agree_on_failure(ranks):
-        if ranks.is_main:
-            chosen = store.latest() if resume is True or resume == "auto" else store.load(Path(resume))
-    return ranks.broadcast_object(chosen)
+    is_auto = resume is True or resume == "auto"
+    chosen, failure = None, None
+    try:
+        if ranks.is_main if places is None else places.is_writer:
+            chosen = store.latest() if is_auto else store.load(Path(str(resume)))
+    except Exception as error:  # noqa: BLE001 - raised below, where no other node has one
+        failure = error
+    answers = ranks.gather_objects((chosen, describe_failure(failure)))
+    found = [replace(checkpoint, owner=rank) for rank, (checkpoint, _) in enumerate(answers) if checkpoint is not None]
+    if not found:
+        raise_first(ranks, [told for _, told in answers], failure)
+        return None
+    return max(found, key=lambda checkpoint: (checkpoint.step, -checkpoint.owner))
 
 
 def restore_checkpoint(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
@@ -90,9 +91,9 @@ def restore_checkpoint(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> 
     """
     trainable: TrainableState | None = None
     with agree_on_failure(ranks):
-        if ranks.is_main:
+        if ranks.rank == checkpoint.owner:
             trainable = checkpoint.read_trainable()
     try:
-        engine.restore_trainable(trainable)
+        engine.restore_trainable(trainable, checkpoint.owner)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error

@@ -8,6 +8,7 @@ output_dir/
         training_state.json                              everything else, and the hash of every other file
         resolved_config.yaml
         COMPLETE                                         the hash of training_state.json, written last
+    best_checkpoint.json                                 which of them is the best, by which metric
     adapter/                                             the final adapter
 """
 
@@ -80,11 +81,15 @@ class Checkpoint:
         step: steps that were done when it was written (the position in the plan).
         info: the content of training_state.json: `plan`, `global_batch_size`, `optimizer`, `scheduler`, `versions`,
             and what else the run wrote into it.
+        resolved_config: YAML text of the configuration that it was written with.
+        owner: rank on whose node it is; 0 also where all ranks see the same disk.
     """
 
     path: Path
     step: int
     info: dict[str, Any] = field(repr=False)
+    resolved_config: str = field(default="", repr=False)
+    owner: int = 0
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -112,7 +117,7 @@ class Checkpoint:
             for name, facts in info["files"].items():
                 if sha256_of(path / name) != facts["sha256"]:
                     raise CheckpointError(f"{path}: damaged: the content of {name} does not match its hash")
-            return cls(path, int(info["step"]), info)
+            return cls(path, int(info["step"]), info, (path / RESOLVED_CONFIG).read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(f"{path}: damaged: {error}") from error
         except (ValueError, KeyError, TypeError) as error:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from vlm_dist.errors import CheckpointError
+
+#: Of names that start with a dot: being written, being replaced, being deleted.
+_ENDINGS = ("writing", "old", "deleting")
 
 
 def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
     """Write a directory beside its target, make it durable, and move it there in one step.
 
     A reader sees the old directory, or the new one, or (only if the process dies between two renames) neither; never a
-    mixture. What a crash leaves behind has a name that starts with a dot and is removed by the next call.
+    mixture. What a crash leaves behind has a name that starts with a dot; see `leftovers`.
 
     Args:
         target: path of the directory; one that is there is replaced.
@@ -36,8 +37,6 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
         fresh.mkdir()
         write(fresh)
         for path in fresh.iterdir():
-            # safetensors makes its files readable by their owner alone; a team shares its checkpoints as the umask says
-            path.chmod(fresh.stat().st_mode & 0o666)
             _fsync(path)
         _fsync(fresh)
         if target.exists():
@@ -46,9 +45,17 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
         _fsync(parent)
         if old.exists():
             shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)  # gives a full disk its space back
         raise CheckpointError(f"{target} could not be written: {error}") from error
+
+
+def leftovers(directory: Path) -> Iterator[tuple[Path, Path]]:
+    """What killed processes left in a directory, each with the name that it was on its way to or from."""
+    for path in sorted(directory.glob(".*")):
+        stem, _, ending = path.name[1:].rpartition(".")
+        if ending in _ENDINGS and stem and path.is_dir():
+            yield path, directory / stem
 
 
 def remove_directory(path: Path) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from vlm_dist.checkpoint import layout
 from vlm_dist.checkpoint.adapter import AdapterExport
+from vlm_dist.checkpoint.files import FileSet
 from vlm_dist.checkpoint.layout import Checkpoint
-from vlm_dist.checkpoint.publish import publish_directory, remove_directory
+from vlm_dist.checkpoint.publish import leftovers, publish_directory, remove_directory
+from vlm_dist.checkpoint.retention import Best, Retention, metric_value, read_best, write_best
 from vlm_dist.engine import TrainableState
 from vlm_dist.errors import CheckpointError
 
@@ -45,24 +44,34 @@ class CheckpointStore:
 
     Args:
         output_dir: of the run.
-        save_total_limit: complete checkpoints to keep, at least 1; None keeps all.
+        retention: which ones stay; all, unless it is said.
         report: is told in words what was skipped, set aside or could not be deleted.
     """
 
     def __init__(
         self,
         output_dir: Path,
-        save_total_limit: int | None = None,
+        retention: Retention = Retention(),  # noqa: B008 - it cannot be changed
         report: Callable[[str], None] = lambda message: None,
     ) -> None:
-        if save_total_limit is not None and save_total_limit < 1:
-            raise CheckpointError(f"save_total_limit is {save_total_limit}, expected at least 1, or null for no limit")
         self.output_dir = Path(output_dir)
-        self._limit = save_total_limit
+        self._retention = retention
         self._report = report
 
+    def recover(self) -> None:
+        """Put right what a killed process left: for the one writer of this directory, before it writes."""
+        for path, target in leftovers(self.output_dir):
+            try:
+                if path.suffix == ".old" and not target.exists():
+                    path.rename(target)  # it was to be replaced, and the new one never came
+                    self._report(f"{target.name} was about to be replaced by a run that was killed, and is back")
+                else:
+                    shutil.rmtree(path)
+            except OSError as error:
+                self._report(f"{path} was left by a run that was killed, and could not be removed: {error}")
+
     def save(self, step: int, trainable: TrainableState, adapter: AdapterExport, facts: RunFacts) -> Path:
-        """Publish a checkpoint, then delete the oldest ones beyond the limit.
+        """Publish a checkpoint, then delete those that need not stay.
 
         Args:
             step: steps that are done.
@@ -77,7 +86,7 @@ class CheckpointStore:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
         target = self.output_dir / layout.checkpoint_name(step)
-        publish_directory(target, lambda fresh: _write_checkpoint(fresh, step, trainable, adapter, facts))
+        publish_directory(target, lambda fresh: _write_checkpoint(FileSet(fresh), step, trainable, adapter, facts))
         self._set_aside_later_than(step)
         self._prune()
         return target
@@ -89,7 +98,7 @@ class CheckpointStore:
             CheckpointError: it could not be written.
         """
         target = self.output_dir / layout.FINAL_ADAPTER
-        publish_directory(target, lambda fresh: _write_adapter(fresh, adapter))
+        publish_directory(target, lambda fresh: _write_adapter(FileSet(fresh), adapter))
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -131,40 +140,60 @@ class CheckpointStore:
                 ) from error
             self._report(f"{path.name} belongs to a run that was left by resuming earlier; renamed to {aside.name}")
 
-    def _prune(self) -> None:
-        """Delete complete checkpoints beyond the limit, oldest first; incomplete ones are left to the user."""
-        if self._limit is None:
+    def mark(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Judge a checkpoint by the evaluation of its step: if it is the best so far, it stays.
+
+        Args:
+            step: of the checkpoint; nothing happens where there is none.
+            figures: of the evaluation.
+
+        Raises:
+            CheckpointError: the mark could not be written.
+        """
+        metric = self._retention.metric
+        if metric is None or not (self.output_dir / layout.checkpoint_name(step)).is_dir():
             return
-        complete = [path for _, path in layout.list_checkpoints(self.output_dir) if layout.seems_whole(path)]
-        for path in complete[self._limit :]:
+        value = metric_value(metric, figures)
+        if value is None:
+            self._report(f"{layout.checkpoint_name(step)} is not judged: its evaluation has no number for {metric}")
+            return
+        best = read_best(self.output_dir, metric)
+        sign = 1 if self._retention.is_greater_better else -1
+        if best is None or best.step == step or sign * value > sign * best.value:
+            write_best(self.output_dir, Best(step, metric, value), self._retention.is_greater_better)
+            self._prune()
+
+    def _prune(self) -> None:
+        """Delete complete checkpoints that need not stay, oldest first; incomplete ones are left to the user."""
+        if self._retention.total_limit is None:
+            return
+        best = read_best(self.output_dir, self._retention.metric)
+        complete = {step: path for step, path in layout.list_checkpoints(self.output_dir) if layout.seems_whole(path)}
+        for step in self._retention.doomed(complete, best.step if best is not None else None):
             try:
-                remove_directory(path)
+                remove_directory(complete[step])
             except CheckpointError as error:
                 self._report(str(error))  # the run goes on: a checkpoint too many does no harm
 
 
-def _write_adapter(directory: Path, adapter: AdapterExport) -> None:
+def _write_adapter(files: FileSet, adapter: AdapterExport) -> None:
     if adapter.config is not None:
-        _write_json(directory / layout.ADAPTER_CONFIG, adapter.config)
-        _write_tensors(directory / layout.ADAPTER_WEIGHTS, adapter.tensors)
+        files.write_json(layout.ADAPTER_CONFIG, adapter.config)
+        files.write_tensors(layout.ADAPTER_WEIGHTS, adapter.tensors)
     if adapter.outside:
-        _write_tensors(directory / layout.TRAINED_WEIGHTS, adapter.outside)
+        files.write_tensors(layout.TRAINED_WEIGHTS, adapter.outside)
 
 
 def _write_checkpoint(
-    directory: Path, step: int, trainable: TrainableState, adapter: AdapterExport, facts: RunFacts
+    files: FileSet, step: int, trainable: TrainableState, adapter: AdapterExport, facts: RunFacts
 ) -> None:
     """Fill a checkpoint's directory; the marker comes last."""
-    _write_adapter(directory, adapter)
+    _write_adapter(files, adapter)
     tensors = {
         f"{part}/{name}": getattr(state, part) for part in layout.PARTS for name, state in trainable.parameters.items()
     }
-    _write_tensors(directory / layout.TRAINING_TENSORS, tensors)
-    (directory / layout.RESOLVED_CONFIG).write_text(facts.resolved_config, encoding="utf-8")
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": layout.sha256_of(path)}
-        for path in sorted(directory.iterdir())
-    }
+    files.write_tensors(layout.TRAINING_TENSORS, tensors)
+    files.write_text(layout.RESOLVED_CONFIG, facts.resolved_config)
     state = {
         "format": layout.FORMAT,
         "step": step,
@@ -178,16 +207,7 @@ def _write_checkpoint(
         "scheduler": facts.scheduler,
         "topology": facts.topology,
         "versions": facts.versions,
-        "files": files,
+        "files": dict(files.facts),
     }
-    _write_json(directory / layout.TRAINING_STATE, state)
-    marker = layout.sha256_of(directory / layout.TRAINING_STATE)
-    (directory / layout.COMPLETE).write_text(marker + "\n", encoding="ascii")
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_json(layout.TRAINING_STATE, state)
+    files.write_text(layout.COMPLETE, files.facts[layout.TRAINING_STATE]["sha256"] + "\n")

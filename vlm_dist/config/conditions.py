@@ -91,7 +91,7 @@ def _parse(column: str, given: Any) -> Condition:
         return Condition(column, sign, float(text))
     except ValueError:
         if sign not in ("==", "!="):
-            raise expected(f"a number behind {sign}") from None
+            raise expected(f"a number behind {sign} in the condition of {column}, not {text!r}") from None
         return Condition(column, sign, text.strip("'\""))
 
 

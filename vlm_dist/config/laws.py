@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +62,7 @@ def findings(draft: Draft) -> Iterator[Finding]:
     yield from _media(draft.collator)
     yield from _processing(draft.collator, draft.train)
     yield from _training(draft.train, draft.data)
+    yield from _best(draft.train, draft.data)
     yield from _packing(draft.train, draft.collator)
     yield from _lengths(draft.train, draft.data)
     yield from _workers(draft.train, draft.data, draft.collator)
@@ -246,6 +248,15 @@ def _processing(collator: VlmCollatorConfig, train: TrainConfig) -> Iterator[Fin
 
 
 def _training(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
+    if not train.gradient_checkpointing and "gradient_checkpointing_policy" in train.model_fields_set:
+        policy = train.gradient_checkpointing_policy
+        if (policy.language, policy.vision) != ("all", "all"):
+            yield Finding(
+                ("train", "gradient_checkpointing_policy"),
+                "has no effect: gradient_checkpointing is false",
+                also=(("train", "gradient_checkpointing"),),
+                is_notice=True,
+            )
     if train.warmup_steps and "warmup_ratio" in train.model_fields_set and train.warmup_ratio:
         message = f"has no effect: warmup_steps {train.warmup_steps} wins"
         yield Finding(("train", "warmup_ratio"), message, also=(("train", "warmup_steps"),), is_notice=True)
@@ -264,6 +275,30 @@ def _training(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
     elif train.eval_steps or train.eval_on_start:
         message = "no held-out samples: no evaluation"
         yield Finding(("data", "eval"), message, also=(("train", "eval_steps"),), is_notice=True)
+
+
+def _best(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
+    """What it takes to know the best checkpoint."""
+    metric: KeyPath = ("train", "metric_for_best_model")
+    better: KeyPath = ("train", "greater_is_better")
+    if train.metric_for_best_model is None:
+        if train.greater_is_better is not None:
+            yield Finding(better, "has no effect: metric_for_best_model is null", also=(metric,), is_notice=True)
+        return
+    name = train.metric_for_best_model
+    if not data.eval or not train.eval_steps:
+        reason = "data.eval is empty: name held-out samples" if not data.eval else "eval_steps is 0"
+        yield Finding(metric, f"got {name}, but {reason}", also=(("data", "eval"), ("train", "eval_steps")))
+    elif name.endswith("exact_match") and not train.predict_with_generate:
+        message = f"got {name}, which needs predict_with_generate: true"
+        yield Finding(metric, message, also=(("train", "predict_with_generate"),))
+    save, evaluate = train.save_steps, train.eval_steps
+    if save and evaluate and (save < 1) == (evaluate < 1) and (Fraction(str(save)) % Fraction(str(evaluate))):
+        message = (
+            f"only checkpoints of steps that are evaluated can be the best, and save_steps {save:g} is no multiple of "
+            f"eval_steps {evaluate:g}"
+        )
+        yield Finding(metric, message, also=(("train", "save_steps"), ("train", "eval_steps")), is_notice=True)
 
 
 def _packing(train: TrainConfig, collator: VlmCollatorConfig) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -47,10 +48,45 @@ def _read_resume(value: Any) -> Any:
     raise expected("auto, false, or the path of a checkpoint")
 
 
+def _read_blocks(value: Any) -> Any:
+    """`all`, `none`, a number of blocks, or `every-K`."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if value in ("all", "none") or (isinstance(value, str) and re.fullmatch(r"every-([2-9]|[1-9]\d+)", value)):
+        return value
+    raise expected("all, none, a number of blocks (the first so many), or every-2, every-3 and so on")
+
+
+#: Blocks of a tower, such as those that are computed again in the backward.
+Blocks = Annotated[int | str, BeforeValidator(_read_blocks)]
+
+
 def _check_max_steps(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value < 1 and value != -1:
         raise expected("a whole number of at least 1, or -1 for no limit")
     return value
+
+
+class CheckpointingPolicy(Section):
+    """Which blocks gradient checkpointing is for; the rest keep their activations."""
+
+    language: Blocks = "all"
+    vision: Blocks = "all"
+
+
+def _read_metric(value: Any) -> Any:
+    name = value.removeprefix("eval_") if isinstance(value, str) else ""
+    if name.rpartition("/")[2] in BEST_FIGURES and not name.startswith("/"):
+        return value
+    raise expected(
+        "eval_loss, eval_exact_match (means over the held-out sources), or one source's, such as images/loss"
+    )
+
+
+#: Figures of an evaluation by which a checkpoint can be the best.
+BEST_FIGURES = ("loss", "exact_match")
+
+BestMetric = Annotated[str, BeforeValidator(_read_metric)]
 
 
 class TrainConfig(Section):
@@ -71,21 +107,29 @@ class TrainConfig(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: PositiveNumber = 1e-8
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+    nonfinite_steps: Literal["skip", "fail"] = "skip"  # what a gradient that is not finite does
+    max_nonfinite_steps: Count = 10  # so many in a row end the run, skipped or not
     seed: Annotated[int, Field(ge=0)] = 42
 
     logging_steps: Interval = 0.1
     eval_steps: Interval = 0.1
     save_steps: Interval = 0.1
     save_total_limit: Count | None = 2  # null: keep all
+    save_keep_steps: Interval = 0  # one every so many steps stays for ever, beyond the limit
+    metric_for_best_model: BestMetric | None = None  # eval_loss, eval_exact_match, or <source>/<figure>; it stays
+    greater_is_better: bool | None = None  # null: a loss is better when smaller, everything else when greater
     eval_on_start: bool = False
     predict_with_generate: bool = False
     generation_max_new_tokens: Count = 32
 
     output_dir: PathField = Path("runs/default")
     resume: Annotated[Literal[False] | str, BeforeValidator(_read_resume)] = False
+    resume_anyway: Annotated[tuple[Literal["data", "model"], ...], AS_TUPLE] = ()  # what may have changed on resume
     stop_at_step: Annotated[Interval, Field(gt=0)] | None = None
 
     gradient_checkpointing: bool = True
+    gradient_checkpointing_policy: CheckpointingPolicy = Field(default_factory=CheckpointingPolicy)
+    memory_check: Literal["auto", True, False] = "auto"  # auto: on GPUs
     bf16: bool = True
     fp16: bool = False
 
@@ -102,6 +146,9 @@ class TrainConfig(Section):
     report_to: Annotated[tuple[Literal["wandb"], ...], AS_TUPLE, BeforeValidator(_read_trackers)] = ("wandb",)
     run_name: Name | None = None
     wandb_project: Name = "vlm-dist"
+    hang_timeout_minutes: PositiveNumber = 20  # no phase of a step may take longer: the ranks end, with stacks
+    debug_collectives: bool = False  # the ranks compare every collective before they enter it
+    sample_ledger: bool = False  # output_dir/ledger: the samples of each applied step
 
     foreign_keys: ClassVar[dict[str, str]] = {
         "deepspeed": "the run file names the DeepSpeed JSON (deepspeed: …)",
@@ -115,6 +162,14 @@ class TrainConfig(Section):
         "length_grouped": "use group_by_length",
         "train_sampling_strategy": "use group_by_length",
         "gradient_checkpointing_kwargs": "checkpointing is always non-reentrant",
+        "gradient_checkpointing_ratio": "use gradient_checkpointing_policy: language: N, or every-2",
+        "activation_checkpointing": "use gradient_checkpointing",
+        "use_liger_kernel": "its kernels patch model classes by exact name and need Triton on a GPU, where their "
+        "gradients have not been compared with ours yet; logits are never whole without it (docs/memory.md)",
+        "sequence_parallel_size": "DeepSpeed's Ulysses attention takes text alone: it cuts every tensor of a batch "
+        "along the tokens, and takes the vision tower's attention for the language model's (docs/memory.md); "
+        "shorten clips with num_frames, or pack",
+        "torch_compile": "not built yet: that compiled blocks learn the same has not been shown (docs/memory.md)",
     }
 
     @property

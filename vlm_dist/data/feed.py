@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _COUNTS = ("num_target_tokens", "num_tokens", "num_computed_tokens", "num_samples", "num_reduced", "num_cut")
 
 #: What the ranks tell each other about a step; the fields of the StepAgreement that the feed is given.
-FEED_FIELDS = ("plan_digest", "stop", "fetch_error", *_COUNTS, *(f"null_{name}" for name in NULL_CLASSES))
+FEED_FIELDS = ("plan_digest", "stop", "fetch_error", "save_error", *_COUNTS, *(f"null_{name}" for name in NULL_CLASSES))
 
 #: So many samples in a row that cannot be used are no bad luck: something is wrong with the data or the settings.
 MAX_BAD_SAMPLES_IN_A_ROW = 64
@@ -33,7 +33,7 @@ MAX_BAD_SAMPLES_IN_A_ROW = 64
 #: ours, and give up after 15 minutes.
 MAX_LOST_SECONDS = 720.0
 
-_LOOK_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
 _NUM_EXAMPLES = 3
 
 
@@ -66,6 +66,11 @@ class _Fetched:
     micro_batches: list[MicroBatch]
     error: Exception | None
     vote: Pending
+    is_last: bool  # nothing is voted on after an error, or a wish to stop
+
+
+class _StopError(Exception):
+    """This rank was asked to stop while it waited for a step's micro-batches."""
 
 
 class StepFeed:
@@ -82,7 +87,9 @@ class StepFeed:
         agreement: with the fields `FEED_FIELDS`; used by nothing else.
         start_step: first step.
         prefetch_steps: how many steps are fetched ahead of the one that is trained on, where the pool has workers.
-        stop_requested: asked once per step, for the vote.
+        stop_requested: the signal that asks to stop, or 0; asked once per step, for the vote, and while a step is
+            waited for: a step that is voted on with a stop may have no micro-batches.
+        save_failed: asked once per step, for the vote: could this rank not write a checkpoint?
         quarantine: where unusable samples are written down.
         max_bad_share: share of the samples of all ranks that may be unusable; see `ErrorBudget`.
         sources: of the plan, told what will be read.
@@ -98,7 +105,8 @@ class StepFeed:
         agreement: StepAgreement,
         start_step: int = 0,
         prefetch_steps: int = 2,
-        stop_requested: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], int] = lambda: 0,
+        save_failed: Callable[[], bool] = lambda: False,
         quarantine: Quarantine | None = None,
         max_bad_share: float = 1.0,
         sources: Sequence[Source] = (),
@@ -112,6 +120,7 @@ class StepFeed:
         self._agreement = agreement
         self._next_step = start_step
         self._stop_requested = stop_requested
+        self._save_failed = save_failed
         self._quarantine = quarantine
         self._digest = int(plan.cut_digest[:15], 16)  # fits an int64
         self._bad_in_a_row: list[NullSlot] = []
@@ -144,7 +153,7 @@ class StepFeed:
         verdict = fetched.vote.wait()
         waited = time.perf_counter() - started
         self._check_digest(verdict)
-        if fetched.error is not None:
+        if fetched.is_last:
             self._ended = True
         null_slots = [slot for batch in fetched.micro_batches for slot in batch.null_slots]
         if self._quarantine is not None:
@@ -208,7 +217,7 @@ class StepFeed:
                     return
                 fetched = self._collect(*under_way.popleft())
                 self._ready.put(fetched)
-                if fetched.error is not None:
+                if fetched.is_last:
                     return
         except PoolClosedError:
             self._ready.put(None)  # `close` is at work
@@ -244,6 +253,8 @@ class StepFeed:
             self._break_circuit(batches)
         except PoolClosedError:
             raise
+        except _StopError:
+            batches = []
         except Exception as caught:  # voted, so that all ranks leave together
             log.error("step %d cannot be fetched: %s", plan.step, caught, exc_info=not isinstance(caught, DataError))
             batches, error = [], caught
@@ -252,14 +263,17 @@ class StepFeed:
             counts[f"null_{name}"] = sum(slot.null_class == name for batch in batches for slot in batch.null_slots)
         counts["plan_digest"] = self._digest
         counts["fetch_error"] = int(error is not None)
+        counts["save_error"] = int(self._save_failed())
         counts["stop"] = int(self._stop_requested())
-        return _Fetched(plan, batches, error, self._agreement.vote(plan.step, counts))
+        is_last = error is not None or counts["stop"] > 0
+        return _Fetched(plan, batches, error, self._agreement.vote(plan.step, counts), is_last)
 
     def _await(self, step: int, jobs: Sequence[PoolJob]) -> list[MicroBatch]:
         """Wait for a step's micro-batches, unless so much is lost over them that the other ranks would give up.
 
         Raises:
             DataError: one cannot be made, or not in time.
+            _StopError: nobody needs them any more.
         """
         started = time.monotonic()
         batches: list[MicroBatch] = []
@@ -270,6 +284,8 @@ class StepFeed:
 
         for job in jobs:
             while True:
+                if self._stop_requested():
+                    raise _StopError
                 try:
                     batches.append(job.result(_LOOK_SECONDS))
                     break

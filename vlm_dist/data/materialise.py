@@ -63,6 +63,7 @@ class _Sample:
 
     example: Example
     origin: SampleOrigin
+    ref: SampleRef
     num_patches: int = 0
     num_frames: int | None = None  # of its clips
     reference: str = ""
@@ -110,6 +111,7 @@ class Materialiser:
         self._seed = seed
         self._for_generation = for_generation
         self._rope_positions = rope_positions
+        self._towers = towers
         check_family(family)
         kinds = choose_kinds(collator_config, family)
         self._builder = MessageBuilder(collator_config.dataset_columns.mapping, collator_config.message_format, kinds)
@@ -179,6 +181,7 @@ class Materialiser:
             num_computed_tokens=labels.numel(),
             null_slots=null_slots,
             origins=[sample.origin for sample in samples],
+            refs=[sample.ref for sample in samples],
             references=[sample.reference for sample in samples] if self._for_generation else [],
             num_reduced=sum(sample.was_reduced for sample in samples),
             num_cut=sum(sample.was_cut for sample in samples),
@@ -286,7 +289,7 @@ class Materialiser:
         example = Example(encoded.tokens, encoded.visual, labels, kinds)
         num_patches = int(encoded.is_visual.sum()) * self._family.patches_per_token
         num_frames = max((len(clip.indices) for clip in fitted.clips), default=None)
-        return _Sample(example, raw.origin, num_patches, num_frames, reference, fitted.was_reduced, fitted.was_cut)
+        return _Sample(example, raw.origin, ref, num_patches, num_frames, reference, fitted.was_reduced, fitted.was_cut)
 
     def _decode_image(self, media: bytes) -> Picture:
         settings = self._config.image_processing

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from vlm_dist.data.types import NullSlot
+from vlm_dist.data.whole_lines import end_of_lines
 from vlm_dist.errors import DataError, printable
 
 log = logging.getLogger(__name__)
 
 _NUM_SHOWN = 5  # per class; the file has all
-_BLOCK_BYTES = 65_536
 _FIELDS = {"source", "shard", "key", "class", "message", "step", "rank", "purpose"}
 
 
@@ -97,26 +97,12 @@ class Quarantine:
             if self._stream is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._stream = self.path.open("a", encoding="utf-8", errors="replace")
-                os.truncate(self.path, _end_of_lines(self.path))
+                os.truncate(self.path, end_of_lines(self.path))
             self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
             self._stream.flush()
         except OSError as error:
             self._is_failed = True
             log.warning("%s cannot be written (%s); skipped samples are counted, but no longer named", self.path, error)
-
-
-def _end_of_lines(path: Path) -> int:
-    """Bytes of a file up to the end of its last whole line."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - _BLOCK_BYTES)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
-    return 0
 
 
 def read_quarantine(output_dir: str | Path) -> list[dict[str, Any]]:

@@ -220,6 +220,7 @@ class MicroBatch:
     num_computed_tokens: int
     null_slots: list[NullSlot] = field(default_factory=list)
     origins: list[SampleOrigin] = field(default_factory=list)
+    refs: list[SampleRef] = field(default_factory=list)  # of the same samples as `origins`
     references: list[str] = field(default_factory=list)  # the answers, for evaluation by generation; else empty
     num_reduced: int = 0
     num_cut: int = 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from vlm_dist.distributed.group import LostPeerError
 from vlm_dist.errors import DistributedError
 
 
@@ -52,7 +53,7 @@ class Pending:
             try:
                 self._work.wait()
             except RuntimeError as error:
-                raise DistributedError(
+                raise LostPeerError(
                     f"step {self._step}: another rank is gone or did not vote in time ({error}); its own log says why"
                 ) from error
         rows = self._gathered.tolist()

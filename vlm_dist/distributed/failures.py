@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vlm_dist.distributed.group import Ranks
+from vlm_dist.distributed.signals import AskedToStop, describe_stop
 from vlm_dist.errors import VlmDistError
 
 #: What went wrong on a rank, as the others need it: the error's type and message.
@@ -13,22 +14,31 @@ Failure = tuple[type[VlmDistError], str]
 
 
 @contextmanager
-def agree_on_failure(ranks: Ranks) -> Iterator[None]:
+def agree_on_failure(ranks: Ranks, *, leaves_if_asked: bool = False) -> Iterator[None]:
     """Raise on every rank if the enclosed local work failed on any. Collective: every rank enters and leaves it.
 
     The enclosed work must not itself contain collectives: a rank that failed before one would not take part in it.
     All ranks raise the error of the first rank that failed, so that one clear message comes out. Work that may take
     longer than a collective waits belongs in `vlm_dist.distributed.patience.long_work`.
 
+    Args:
+        ranks: this process among its peers.
+        leaves_if_asked: all ranks leave, too, if any was asked to stop.
+
     Raises:
         VlmDistError: the first failing rank's error.
+        AskedToStop: on every rank, with `leaves_if_asked`.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:  # noqa: BLE001 - re-raised below, after the others know
         failure = error
-    raise_first(ranks, ranks.gather_objects(describe_failure(failure)), failure)
+    told = ranks.gather_objects((describe_failure(failure), ranks.stop.number))
+    raise_first(ranks, [failed for failed, _ in told], failure)
+    asked = [number for _, number in told]
+    if leaves_if_asked and any(asked):
+        raise AskedToStop(describe_stop(asked))
 
 
 def describe_failure(failure: Exception | None) -> Failure | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from vlm_dist.distributed.environment import Topology
+from vlm_dist.distributed.progress import Progress
+from vlm_dist.distributed.signals import AskedToStop, StopRequest, describe_stop
 from vlm_dist.errors import DistributedError
 
 T = TypeVar("T")
@@ -31,6 +33,8 @@ class Ranks:
     topology: Topology
     control: dist.ProcessGroup  # gloo: decisions and objects
     agreement: dist.ProcessGroup  # gloo: the one agreement per step, which another thread may start
+    stop: StopRequest = field(default_factory=StopRequest, compare=False)  # of this process
+    progress: Progress = field(default_factory=Progress, compare=False)  # of this process
 
     @property
     def rank(self) -> int:
@@ -63,6 +67,16 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]  # type: ignore[return-value]
 
+    def leave_if_asked(self) -> None:
+        """Leave on all ranks if any was asked to stop. Collective: every rank calls this.
+
+        Raises:
+            AskedToStop: on every rank.
+        """
+        numbers = self.gather_objects(self.stop.number)
+        if any(numbers):
+            raise AskedToStop(describe_stop(numbers))
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes. Collective: every rank calls this."""
         votes = torch.tensor([int(flag)])
@@ -77,12 +91,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def init_process_groups(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT) -> Ranks:
+def init_process_groups(
+    topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT, stop: StopRequest | None = None
+) -> Ranks:
     """Create the process groups. Collective: every rank calls this.
 
     Args:
         topology: who we are; its values are written to the variables that torch and DeepSpeed read.
         timeout: of every collective, rendezvous included.
+        stop: listens to this process's signals; None: nothing does.
 
     Raises:
         DistributedError: the ranks did not find each other.
@@ -122,7 +139,13 @@ def init_process_groups(topology: Topology, timeout: timedelta = DEFAULT_TIMEOUT
     control, agreement = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     assert isinstance(control, dist.ProcessGroup)
     assert isinstance(agreement, dist.ProcessGroup)
-    return Ranks(topology, control, agreement)
+    ranks = Ranks(topology, control, agreement, StopRequest() if stop is None else stop)
+    ranks.stop.met()
+    return ranks
+
+
+class LostPeerError(DistributedError):
+    """A collective failed because another rank left or did not answer in time."""
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -19,8 +19,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from vlm_dist.distributed.failures import Failure, describe_failure, raise_first
-from vlm_dist.distributed.group import Ranks
-from vlm_dist.errors import DistributedError
+from vlm_dist.distributed.group import LostPeerError, Ranks
+from vlm_dist.distributed.signals import AskedToStop, describe_stop
 
 #: Between two meetings.
 MEETING_SECONDS = 5.0
@@ -42,7 +42,7 @@ class Work:
 
 
 @contextmanager
-def long_work(ranks: Ranks, doing: str) -> Iterator[Work]:
+def long_work(ranks: Ranks, doing: str, *, leaves_if_asked: bool = False) -> Iterator[Work]:
     """Wait for the enclosed local work of all ranks, however long it takes, and raise on all if it failed on any.
 
     Collective: every rank enters and leaves it. The enclosed work must not contain collectives. Rank 0 logs once a
@@ -51,22 +51,30 @@ def long_work(ranks: Ranks, doing: str) -> Iterator[Work]:
     Args:
         ranks: this process among its peers.
         doing: what the others are told, such as "opening data.train".
+        leaves_if_asked: the work is given up on all ranks, too, if any was asked to stop.
 
     Raises:
         VlmDistError: the first failing rank's error.
-        DistributedError: a rank is gone, or does not answer for as long as a collective may take.
+        AskedToStop: on every rank, with `leaves_if_asked`.
+        LostPeerError: a rank is gone, or does not answer for as long as a collective may take.
     """
     work = Work(doing)
     failure: Exception | None = None
-    meetings = _Meetings(ranks, work)
+    meetings = _Meetings(ranks, work, leaves_if_asked)
+    before = ranks.progress.mark
+    ranks.progress.at(doing)  # it has no limit, and a watch of its own
     try:
         with meetings:
             yield work
     except _LeaveError:
-        log.warning("%s is given up, since another rank has failed", work.doing)
+        why = describe_stop(meetings.asked) if meetings.asked else "another rank has failed"
+        log.warning("%s is given up: %s", work.doing, why)
     except Exception as error:  # noqa: BLE001 - re-raised below, after the others know
         failure = error
     raise_first(ranks, meetings.end(failure), failure)
+    ranks.progress.at(before.phase, samples=before.samples)
+    if meetings.asked:
+        raise AskedToStop(describe_stop(meetings.asked))
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class _Word:
 
     doing: str | None = None
     failure: Failure | None = None
+    asked: int = 0  # to stop, by this signal
 
 
 class _LeaveError(BaseException):
@@ -84,9 +93,10 @@ class _LeaveError(BaseException):
 class _Meetings:
     """Meetings of all ranks; attended by a thread while the block's work lasts, afterwards by `end`."""
 
-    def __init__(self, ranks: Ranks, work: Work) -> None:
+    def __init__(self, ranks: Ranks, work: Work, leaves_if_asked: bool) -> None:
         self._ranks = ranks
         self._work = work
+        self._leaves_if_asked = leaves_if_asked
         self._start = self._last_line = time.monotonic()
         self._is_working = False
         self._lock = threading.Lock()
@@ -97,8 +107,6 @@ class _Meetings:
         self._old_handler: Any = None
 
     def __enter__(self) -> Self:
-        if self._ranks.world_size == 1:
-            return self
         if threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(_LEAVE_SIGNAL, self._leave)
         self._is_working = True
@@ -114,16 +122,20 @@ class _Meetings:
         if self._old_handler is not None:
             signal.signal(_LEAVE_SIGNAL, self._old_handler)
 
+    @property
+    def asked(self) -> list[int]:
+        """The signals that ask to stop, by rank, as of the last meeting; empty: there is no reason to leave."""
+        asked = [word.asked for word in self._words]
+        return asked if any(asked) else []
+
     def end(self, failure: Exception | None) -> list[Failure | None]:
         """Wait until all ranks are done or one has failed; gives back how."""
-        if self._ranks.world_size == 1:
-            return [describe_failure(failure)]
         self._thread.join()
-        word = _Word(failure=describe_failure(failure))
+        word = self._word(failure=describe_failure(failure))
         while self._broken is None and not self._is_over():
             self._meet(word)
         if self._broken is not None:
-            raise DistributedError(
+            raise LostPeerError(
                 f"while waiting for {self._waited_for()}: a rank is gone or does not answer (its own message is above, "
                 f"or on its node): {str(self._broken).splitlines()[0]}"
             ) from self._broken
@@ -131,14 +143,17 @@ class _Meetings:
 
     def _attend(self) -> None:
         while not self._ended.wait(MEETING_SECONDS):
-            self._meet(_Word(doing=self._work.doing))
+            self._meet(self._word(doing=self._work.doing))
             if self._broken is not None or self._is_over():
                 self._interrupt()
                 return
 
+    def _word(self, doing: str | None = None, failure: Failure | None = None) -> _Word:
+        return _Word(doing, failure, self._ranks.stop.number if self._leaves_if_asked else 0)
+
     def _meet(self, word: _Word) -> None:
         try:
-            self._words = self._ranks.gather_objects(word)
+            self._words = self._ranks.gather_objects(word) if self._ranks.world_size > 1 else [word]
         except RuntimeError as error:
             self._broken = error
             return
@@ -148,10 +163,12 @@ class _Meetings:
             log.info("waiting for %s, %.0f min so far", self._waited_for(), (now - self._start) / 60)
 
     def _is_over(self) -> bool:
-        """Whether the last meeting was the last: all are done, or one has failed."""
+        """Whether the last meeting was the last: all are done, one has failed or was asked to stop."""
         if not self._words:
             return False
-        return any(word.failure for word in self._words) or not any(word.doing for word in self._words)
+        if any(word.failure or word.asked for word in self._words):
+            return True
+        return not any(word.doing for word in self._words)
 
     def _waited_for(self) -> str:
         busy = [rank for rank, word in enumerate(self._words) if word.doing is not None]

@@ -3,6 +3,8 @@
 from vlm_dist.engine.deepspeed_json import load_deepspeed_json
 from vlm_dist.engine.engine import Engine, StepOutcome
 from vlm_dist.engine.merge import DerivedValue, merge_deepspeed_config
+from vlm_dist.engine.native_ops import prepare_native_ops
+from vlm_dist.engine.nonfinite import NonfiniteSteps
 from vlm_dist.engine.runtime import init_deepspeed_comm, prepare_deepspeed
 from vlm_dist.engine.trainable_state import NamedState, TrainableState
 from vlm_dist.engine.zero_init import zero_init_context
@@ -11,11 +13,13 @@ __all__ = [
     "DerivedValue",
     "Engine",
     "NamedState",
+    "NonfiniteSteps",
     "StepOutcome",
     "TrainableState",
     "init_deepspeed_comm",
     "load_deepspeed_json",
     "merge_deepspeed_config",
     "prepare_deepspeed",
+    "prepare_native_ops",
     "zero_init_context",
 ]

@@ -1,29 +1,37 @@
-"""The engine: a model, an optimizer and ZeRO behind six verbs.
+"""The engine: a model, an optimizer and ZeRO behind a few verbs.
 
-forward, backward (any number of times), step
-collect_trainable, restore_trainable
+forward or loss, backward (any number of times), step
+save, collect_trainable, restore_trainable
 zero_gradients
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vlm_dist.engine.cpu_adam import use_cpu_adam
+from vlm_dist.engine.inspection import GradientInspector
 from vlm_dist.engine.merge import check_read_back
+from vlm_dist.engine.offloaded_sums import forget_sums, offloads
 from vlm_dist.engine.partitions import Partitions, is_bf16_optimizer
+from vlm_dist.engine.rehearsal import Snapshot, held_bytes
+from vlm_dist.engine.replicated import initialise_replicated
 from vlm_dist.engine.resharding import Resharder
 from vlm_dist.engine.runtime import init_deepspeed_comm
+from vlm_dist.engine.secondary_shards import check_nothing_stale, check_secondary_shards, uses_secondary_shards
 from vlm_dist.engine.trainable_state import TrainableState
 from vlm_dist.engine.zero_init import release_zero_init
 from vlm_dist.errors import ConfigError, ModelError
+from vlm_dist.loss import LabelledHead
 
 #: What DeepSpeed's dynamic loss scaler counts; all of it decides when the scale changes next.
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -37,11 +45,16 @@ class StepOutcome:
         applied: False if the gradient was not finite: no parameter, moment or learning rate has changed.
         learning_rate: that the step used, of the first parameter group.
         raw_grad_norm: the norm as DeepSpeed has it, maybe on the device.
+        nonfinite_parameters: where it was not applied: names of which this rank's share of the gradient is not finite;
+            not the same on every rank.
+        is_scale_search: where it was not applied: float16's loss scale was too large, and is lower now.
     """
 
     applied: bool
     learning_rate: float
     raw_grad_norm: Tensor | float | None = None
+    nonfinite_parameters: tuple[str, ...] = ()
+    is_scale_search: bool = False
 
     @property
     def grad_norm(self) -> float | None:
@@ -58,8 +71,9 @@ class Engine:
         module: the model; for evaluation and generation call it directly, on all ranks equally often.
         device: where inputs go.
         world_size: number of ranks.
-        zero_stage: 1, 2 or 3.
+        zero_stage: 0 to 3.
         compute_dtype: of forward and backward.
+        head: gives the loss without the logits.
     """
 
     def __init__(
@@ -71,7 +85,10 @@ class Engine:
         base_learning_rates: Sequence[float],
         compute_dtype: torch.dtype,
         control_group: dist.ProcessGroup,
+        head: LabelledHead,
     ) -> None:
+        from vlm_dist.engine.checkpoint_hook import CheckpointHook  # imports DeepSpeed
+
         self._deepspeed = deepspeed_engine
         self._zero = deepspeed_engine.optimizer
         self.module: nn.Module = deepspeed_engine.module
@@ -84,7 +101,14 @@ class Engine:
         self._base_learning_rates = list(base_learning_rates)
         self._num_updates = 0
         self._control_group = control_group
-        self._resharder = Resharder(Partitions(self._zero, self.zero_stage, names), self._optimizer, control_group)
+        self.head = head
+        partitions = Partitions(self._zero, self.zero_stage, names)
+        self._resharder = Resharder(partitions, self._optimizer, control_group)
+        self._inspector = GradientInspector(self._zero, self.zero_stage, partitions, dist.get_rank(control_group))
+        self._checkpoint_hook = CheckpointHook(deepspeed_engine, self.collect_trainable)
+        self._is_hpz_on_trial = uses_secondary_shards(deepspeed_engine.config)
+        if self._is_hpz_on_trial:
+            check_secondary_shards(self.module, control_group)
 
     @classmethod
     def initialise(
@@ -95,6 +119,7 @@ class Engine:
         lr_schedule: Callable[[int], float],
         ds_config: Mapping[str, Any],
         control_group: dist.ProcessGroup | None = None,
+        report: Callable[[str], None] = lambda message: None,
     ) -> Engine:
         """Put a model under ZeRO. Collective: every rank calls this.
 
@@ -105,14 +130,19 @@ class Engine:
             lr_schedule: number of applied updates -> factor on each group's learning rate.
             ds_config: from `merge_deepspeed_config`, with the number of trainable parameters.
             control_group: a gloo group of all ranks, over which state is collected; None makes one.
+            report: where messages go.
 
         Raises:
-            ConfigError: DeepSpeed rejects the configuration, or changes it.
+            ConfigError: DeepSpeed rejects the configuration, or changes it, or an option does not keep its promise.
             ModelError: the groups are not the model's trainable parameters, or have the wrong dtype.
         """
         init_deepspeed_comm()
         import deepspeed
 
+        if control_group is None:
+            made = dist.new_group(backend="gloo")
+            assert isinstance(made, dist.ProcessGroup)
+            control_group = made
         compute_dtype = _compute_dtype(ds_config)
         names = _trainable_names(model, param_groups, compute_dtype)
         base_learning_rates: list[float] = []
@@ -122,24 +152,29 @@ class Engine:
             if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
                 raise ConfigError(f"the optimizer is {type(optimizer).__name__}; checkpoints know Adam and AdamW only")
             base_learning_rates.extend(float(group["lr"]) for group in optimizer.param_groups)
+            assert control_group is not None
+            optimizer, notice = use_cpu_adam(optimizer, ds_config, control_group)
+            if notice is not None:
+                report(f"notice: {notice}")
             return optimizer
 
+        head = LabelledHead(model)
         try:
             with redirect_stdout(StringIO()):  # its BF16_Optimizer prints memory readings that nobody asked for
-                deepspeed_engine, *_ = deepspeed.initialize(
-                    model=model,
-                    optimizer=make_optimizer,
-                    model_parameters=[group for group in param_groups if group["params"]],
-                    config=dict(ds_config),
-                    dist_init_required=False,
-                )
+                filled = [group for group in param_groups if group["params"]]
+                if ds_config["zero_optimization"]["stage"] == 0:
+                    deepspeed_engine = initialise_replicated(model, make_optimizer, filled, ds_config)
+                else:
+                    deepspeed_engine, *_ = deepspeed.initialize(
+                        model=model,
+                        optimizer=make_optimizer,
+                        model_parameters=filled,
+                        config=dict(ds_config),
+                        dist_init_required=False,
+                    )
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"DeepSpeed rejects the configuration: {error}") from error
         check_read_back(ds_config, deepspeed_engine._config)
-        if control_group is None:
-            made = dist.new_group(backend="gloo")
-            assert isinstance(made, dist.ProcessGroup)
-            control_group = made
         return cls(
             deepspeed_engine,
             names=names,
@@ -147,6 +182,7 @@ class Engine:
             base_learning_rates=base_learning_rates,
             compute_dtype=compute_dtype,
             control_group=control_group,
+            head=head,
         )
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -159,9 +195,25 @@ class Engine:
         Returns:
             Logits [B, T, V].
         """
+        return self._forward(inputs).logits  # type: ignore[no-any-return]
+
+    def loss(self, inputs: Mapping[str, Any], labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """Run the model on one micro-batch, without the logits of positions that have no label. See `forward`.
+
+        Args:
+            inputs: keyword arguments of the model.
+            labels: [B, T], on the CPU; `ignore_index` marks positions without a label.
+            ignore_index: the value of a position without a label.
+
+        Returns:
+            Scalar float32 in nats: the sum over this micro-batch's target tokens, as `token_loss_sum` defines it.
+        """
+        with self.head.giving_loss(labels, ignore_index):
+            return self._forward(inputs)["loss"]  # type: ignore[no-any-return]
+
+    def _forward(self, inputs: Mapping[str, Any]) -> Any:
         # no cache: transformers looks for the samples of a packed row only where there is none
-        outputs = self._deepspeed(**{name: self._to_device(value) for name, value in inputs.items()}, use_cache=False)
-        return outputs.logits  # type: ignore[no-any-return]
+        return self._deepspeed(**{name: self._to_device(value) for name, value in inputs.items()}, use_cache=False)
 
     def backward(self, loss_sum: Tensor, num_target_tokens: int) -> None:
         """Add one micro-batch to the gradient. Collective: every rank calls this equally often.
@@ -174,7 +226,11 @@ class Engine:
             num_target_tokens: of the whole step, over all ranks and micro-batches; the same in every call.
         """
         # DeepSpeed averages over the ranks, and would average over its own count of micro-batches.
-        loss = loss_sum * (self.world_size / num_target_tokens)
+        scale = torch.full_like(loss_sum, self.world_size / num_target_tokens, requires_grad=False)
+        # a loss of inf may have a finite gradient: it must not be applied either; asking here would stall the device
+        loss = loss_sum * scale.where(loss_sum.detach().isfinite(), torch.nan)
+        if self.zero_stage == 0:
+            loss = loss * self._zero.loss_scale  # DeepSpeed knows the scale of its own optimizers only
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
@@ -182,26 +238,81 @@ class Engine:
         factor = self._lr_schedule(self._num_updates)
         for group, base in zip(self._optimizer.param_groups, self._base_learning_rates, strict=True):
             group["lr"] = base * factor
+        self._inspector.begin_step()
         self._deepspeed.step()
         applied = bool(self._deepspeed.was_step_applied())
         self._num_updates += applied
         self._zero_partitioned_gradients()
-        return StepOutcome(applied, float(self._optimizer.param_groups[0]["lr"]), self._zero._global_grad_norm)
+        if self._is_hpz_on_trial and applied:
+            check_nothing_stale((p for p in self.module.parameters() if p.requires_grad), self._control_group)
+            self._is_hpz_on_trial = False
+        return StepOutcome(
+            applied,
+            float(self._optimizer.param_groups[0]["lr"]),
+            self._zero._global_grad_norm,
+            self._inspector.names,
+            self._inspector.is_scale_search,
+        )
 
     def zero_gradients(self) -> None:
         """Forget what was accumulated since the last step, as if backward had not been called."""
         self._zero.zero_grad(set_to_none=True)
         if is_bf16_optimizer(self._zero):
             self._zero.clear_hp_grads()
-        elif self.zero_stage < 3:
+        elif self.zero_stage in (1, 2):
             self._zero._release_preflattened_grad_buffers()
             for gradients in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
                 gradients.update(dict.fromkeys(gradients))
         self._zero_partitioned_gradients()
 
-    def collect_trainable(self) -> TrainableState | None:
-        """Everything that a checkpoint needs, on rank 0; None elsewhere. Collective: every rank calls this."""
-        parameters = self._resharder.collect()
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within, micro-batches are run and steps are taken that never happened afterwards. Collective.
+
+        What they allocate stays allocated, the optimizer's moments included. Where the enclosed work fails, nothing is
+        put back: the run is over.
+        """
+        snapshot = Snapshot(
+            self._deepspeed,
+            self._resharder.partitions,
+            self._optimizer,
+            self._dynamic_loss_scaler,
+            LOSS_SCALER_FIELDS,
+        )
+        num_updates = self._num_updates
+        yield
+        if self._resharder.step() == num_updates:  # not finite, or float16's scale was too large
+            self._resharder.create_moments(num_updates)
+        snapshot.put_back()
+        self._num_updates = num_updates
+        self.zero_gradients()
+        self._refresh_model_weights()
+
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank holds between steps, by part: weights, float32 masters, moments."""
+        return held_bytes(self.module, self._resharder.partitions)
+
+    def save(self, directory: Path, tag: str, holders: Any = None) -> TrainableState | None:
+        """Collect a checkpoint through DeepSpeed's own `save_checkpoint`; writes nothing. Collective.
+
+        Args:
+            directory: of the run.
+            tag: the checkpoint's name.
+            holders: see `collect_trainable`.
+
+        Returns:
+            What is to be written, on the ranks that hold it; None elsewhere.
+        """
+        return self._checkpoint_hook.run(str(directory), tag, holders)
+
+    def collect_trainable(self, holders: Any = None) -> TrainableState | None:
+        """Everything that a checkpoint needs, on the ranks that hold it; None elsewhere. Collective.
+
+        Args:
+            holders: a gloo group of the ranks that hold it, rank 0 first, as `dist.new_group` gives it to members and
+                others; None: rank 0 alone.
+        """
+        parameters = self._resharder.collect(holders)
         if parameters is None:
             return None
         scaler = self._dynamic_loss_scaler
@@ -212,22 +323,23 @@ class Engine:
             loss_scaler={key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS} if scaler else {},
         )
 
-    def restore_trainable(self, state: TrainableState | None) -> None:
+    def restore_trainable(self, state: TrainableState | None, source: int = 0) -> None:
         """Continue from a collected state, bit for bit. Collective: every rank calls this.
 
         It may come from another ZeRO stage or number of ranks. Learning rates and other hyperparameters stay those
         that this engine was made with; the schedule continues at the state's step.
 
         Args:
-            state: read on rank 0 only; other ranks may pass None.
+            state: read on one rank only; the others may pass None.
+            source: that rank.
 
         Raises:
             CheckpointError: on every rank: names or shapes are not this model's.
         """
         header = [None if state is None else (state.step, state.loss_scaler)]
-        dist.broadcast_object_list(header, src=0, group=self._control_group)
+        dist.broadcast_object_list(header, src=source, group=self._control_group)
         step, loss_scaler = header[0] or (0, {})
-        self._resharder.restore(None if state is None else state.parameters, step)
+        self._resharder.restore(None if state is None else state.parameters, step, source)
         if self._dynamic_loss_scaler:
             for key, value in loss_scaler.items():
                 setattr(self._dynamic_loss_scaler, key, value)
@@ -258,6 +370,8 @@ class Engine:
         ZeRO-3 never zeroes a parameter's gradient partition: one that gets no gradient in the next step (a vision
         adapter in a step of text) would silently be updated with this one's again.
         """
+        if offloads(self._zero):
+            forget_sums(self._zero)
         if self.zero_stage < 3:
             return
         self._zero.grad_partitions_flat_buffer.zero_()

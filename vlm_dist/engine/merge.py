@@ -79,7 +79,7 @@ def merge_deepspeed_config(
             zero[key] = value
             derived.append(DerivedValue(f"zero_optimization.{key}", value, why))
 
-    if num_trainable is not None:
+    if num_trainable is not None and zero["stage"] > 0:
         bucket = max(1, min(num_trainable, MAX_REDUCE_BUCKET_ELEMENTS))
         derive("reduce_bucket_size", bucket, f"{num_trainable:,} trainable parameters; allocated up front")
     if zero["stage"] == 3:

@@ -52,7 +52,7 @@ class Partitions:
 
     Args:
         zero_optimizer: of the DeepSpeed engine.
-        stage: 1, 2 or 3.
+        stage: 0 to 3; at stage 0 every rank owns everything.
         names: `id(parameter)` -> name, of the trainable parameters.
     """
 
@@ -60,7 +60,9 @@ class Partitions:
         self._zero = zero_optimizer
         self._stage = stage
         self._names = names
-        if stage == 3:
+        if stage == 0:
+            groups = zero_optimizer.groups
+        elif stage == 3:
             groups = zero_optimizer.fp16_groups
         elif is_bf16_optimizer(zero_optimizer):
             groups = zero_optimizer.bf16_groups
@@ -76,6 +78,8 @@ class Partitions:
     @property
     def flats(self) -> Sequence[Tensor]:
         """This rank's flat float32 masters, which are also the keys of the optimizer's state."""
+        if self._stage == 0:
+            return self._zero.flats  # type: ignore[no-any-return]
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
         if is_bf16_optimizer(self._zero):
@@ -84,7 +88,22 @@ class Partitions:
 
     def pieces(self, rank: int) -> list[Piece]:
         """What a rank owns, in the order of its flat tensors; padding is left out."""
+        if self._stage == 0:
+            return list(self._stage_0())
         return list(self._stage_3(rank) if self._stage == 3 else self._stage_1_2(rank))
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether each rank owns everything."""
+        return self._stage == 0
+
+    def _stage_0(self) -> Iterator[Piece]:
+        """Each group is concatenated."""
+        for flat, group in enumerate(self._groups):
+            start = 0
+            for parameter in group:
+                yield Piece(self._names[id(parameter)], flat, start, 0, parameter.numel())
+                start += parameter.numel()
 
     def _stage_1_2(self, rank: int) -> Iterator[Piece]:
         """Each group is concatenated (with padding between and behind), then cut into equal parts, one per rank."""

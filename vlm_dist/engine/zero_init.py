@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from vlm_dist.engine.host_memory import freed_memory_goes_back
 from vlm_dist.engine.runtime import init_deepspeed_comm
 
 #: transformers finds the ZeRO-3 configuration through a weak reference in one of its globals. It has to stay alive for
@@ -25,13 +26,15 @@ def zero_init_context(ds_config: Mapping[str, Any]) -> Iterator[None]:
         ds_config: from `merge_deepspeed_config`; values that follow from the model may still be missing.
     """
     release_zero_init()
-    if ds_config["zero_optimization"]["stage"] == 3:
+    is_partitioned = ds_config["zero_optimization"]["stage"] == 3
+    if is_partitioned:
         init_deepspeed_comm()  # partitioning is a collective
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         _alive.append(HfDeepSpeedConfig(dict(ds_config)))  # type: ignore[no-untyped-call]
     try:
-        yield
+        with freed_memory_goes_back() if is_partitioned else nullcontext():
+            yield
     except BaseException:
         release_zero_init()
         raise
@@ -44,3 +47,6 @@ def release_zero_init() -> None:
 
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
         _alive.clear()
+        from deepspeed.utils import groups
+
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of hpZ; a second model would be refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from vlm_dist.families.table import FAMILIES, GENERIC, family_for
 
 #: Key that names the row to start from.
 _LIKE = "like"
+_FIELD = re.compile(r"\{\w*\}")
 _FACTS = {fact.name for fact in dataclasses.fields(Family)} - {"name", "model_types", "processors"}
 
 
@@ -40,13 +42,21 @@ def choose_family(own: str | Mapping[str, Any] | None, where: str, model_type: s
     for name in facts:
         if name not in _FACTS:
             raise ConfigError(f"{where}.family: there is no {name!r}{_nearest(name, {*_FACTS, _LIKE})}")
+    for name in ("image_marker", "video_marker"):
+        unknown = set(_FIELD.findall(str(facts.get(name) or ""))) - {"{n}"}
+        if unknown:
+            raise ConfigError(
+                f"{where}.family.{name}: got {facts[name]!r}: {min(unknown)} means nothing; {{n}} is the number of the "
+                "image, from 1"
+            )
     try:
         values = {**{fact.name: getattr(base, fact.name) for fact in dataclasses.fields(Family)}, **facts}
         return TypeAdapter(Family).validate_python({**values, "name": f"{base.name} with own facts"})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}.family.{place}: got {first['input']!r}: {first['msg']}") from error
+        wanted = "expected a list" if first["type"] == "tuple_type" else first["msg"]
+        raise ConfigError(f"{where}.family.{place}: got {first['input']!r}: {wanted}") from error
 
 
 def _row(name: Any, where: str) -> Family:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_dist.model.checkpointing import enable_gradient_checkpointing
+    from vlm_dist.model.checkpointing import enable_gradient_checkpointing, run_frozen_towers_without_graph
     from vlm_dist.model.loading import load_model, load_processor, parse_dtype, prepare_checkpoint
     from vlm_dist.model.lora import attach_adapter
     from vlm_dist.model.positions import load_rope_index
     from vlm_dist.model.quantization import check_quantization, quantization_arguments
     from vlm_dist.model.registry import ModelClasses, resolve_classes
     from vlm_dist.model.towers import Towers, find_towers
-    from vlm_dist.model.trained import describe_trained, format_tower_table, tower_rates, tower_table
+    from vlm_dist.model.trained import describe_trained, format_tower_table, tower_namer, tower_rates, tower_table
     from vlm_dist.model.vocabulary import check_tokens_are_learned, make_room_for_tokens
 
 _HOMES = {
@@ -36,6 +36,8 @@ _HOMES = {
     "prepare_checkpoint": "loading",
     "quantization_arguments": "quantization",
     "resolve_classes": "registry",
+    "run_frozen_towers_without_graph": "checkpointing",
+    "tower_namer": "trained",
     "tower_rates": "trained",
     "tower_table": "trained",
 }
@@ -58,6 +60,8 @@ __all__ = [
     "prepare_checkpoint",
     "quantization_arguments",
     "resolve_classes",
+    "run_frozen_towers_without_graph",
+    "tower_namer",
     "tower_rates",
     "tower_table",
 ]

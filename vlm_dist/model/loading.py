@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlm_dist.errors import ConfigError, ModelError
-from vlm_dist.model.checkpoint_files import fetch_weights, read_json
+from vlm_dist.model.checkpoint_files import fetch_weights, native_class_name, read_json
 from vlm_dist.model.conversion import converter_of, native_directory
 from vlm_dist.model.loading_errors import check_present, is_local, translated
 from vlm_dist.model.patch_embedding import use_matrix_products
@@ -40,6 +40,9 @@ _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
 }
+
+#: A warning that transformers' tokenizers give once, by its name there.
+_LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
 
 #: Keys of loading_params and processor_params that are read here and go nowhere else as they are.
 _OWN_KEYS = ("torch_dtype", "dtype", "device_map", "trust_remote_code", "revision")
@@ -85,12 +88,23 @@ def load_processor(
     found = _find(model_id, entry, "processor_class", trust_remote_code, revision)
     model_id, revision, processor_class = found.source, found.revision, found.loaded_by
     own, of_parts = split_processor_params(processor_class, params)
-    with translated(model_id, revision, "load the processor of"):
-        if is_remote(processor_class):
-            make_parts_known(processor_class)
-        processor = processor_class.from_pretrained(
-            model_id, trust_remote_code=trust_remote_code, revision=revision or "main", **own
-        )
+    try:
+        with translated(model_id, revision, "load the processor of"):
+            if is_remote(processor_class):
+                make_parts_known(processor_class)
+            processor = processor_class.from_pretrained(
+                model_id, trust_remote_code=trust_remote_code, revision=revision or "main", **own
+            )
+    except ModelError as error:
+        belongs = native_class_name(model_id, "processor_class", revision)
+        if belongs in (None, processor_class.__name__):
+            raise
+        raise ModelError(
+            f"{model_id} belongs to {belongs}, but model_classes names processor_class: {processor_class.__name__}; "
+            f"set processor_class: {belongs} ({error})"
+        ) from error
+    # a text that is longer than the tokenizer thinks is cut or skipped, and told
+    getattr(processor, "tokenizer", processor).deprecation_warnings[_LENGTH_WARNING] = True
     apply_processor_params(processor, of_parts, model_id)
     processor = Phi3VisionProcessor(processor) if is_phi3_vision(processor_class) else processor
     add_special_tokens(processor, new_special_tokens)

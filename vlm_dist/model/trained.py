@@ -116,6 +116,12 @@ def tower_rates(model: nn.Module, rates: Mapping[str, float | None]) -> Callable
     return lambda name: rates.get(_followed(tower_of(name.removeprefix(_BASE), towers)))
 
 
+def tower_namer(model: nn.Module) -> Callable[[str], str]:
+    """A function that tells the tower of a parameter, by its name in the model, with adapter or without."""
+    towers = find_towers(base_model(model))
+    return lambda name: tower_of(name.removeprefix(_BASE), towers)
+
+
 def _told(policy: str, num_trainable: int) -> str:
     return "part" if policy == "freeze" and num_trainable else policy
 

@@ -49,7 +49,7 @@ class JsonLines:
         """Append a line and hand it to the system, so that `tail -f` and a crash both see it whole.
 
         Args:
-            kind: train or eval.
+            kind: train, eval or save.
             record: has `step`. NaN and infinity, which JSON lacks, become null; `non_finite` names them.
         """
         if self._file is None:
@@ -96,7 +96,7 @@ def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]
 
     Args:
         path: of the file.
-        kind: train or eval; None for both.
+        kind: train, eval or save; None for all.
     """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:

@@ -91,6 +91,14 @@ class MetricLog:
         if self._wandb is not None:
             self._wandb.write("eval", step, metrics)
 
+    def log_save(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log what a checkpoint after `step` optimizer updates cost the loop; says nothing on the console."""
+        if self._lines is None:
+            return
+        self._lines.write("save", {"step": step, **metrics})
+        if self._wandb is not None:
+            self._wandb.write("save", step, metrics)
+
     def message(self, text: str) -> None:
         """Tell the user something; above the bar on a terminal."""
         if self._console is not None:

@@ -28,6 +28,7 @@ class StepMetrics:
         data_wait_share: share of the window's time that a rank waited for its data, mean of the ranks.
         step_seconds: mean wall-clock time of a step; evaluation and checkpoints are not in it.
         num_window_steps: steps in the window.
+        num_nonfinite_steps: of them without an update, since the gradient was not finite; not in the loss.
         num_target_tokens: tokens with loss in the window.
         num_reduced: samples of the window whose images or clips were made smaller to fit max_length.
         num_cut: samples of the window whose text was cut at max_length.
@@ -49,6 +50,7 @@ class StepMetrics:
     step_seconds: float
     num_window_steps: int
     num_target_tokens: int
+    num_nonfinite_steps: int = 0
     num_reduced: int = 0
     num_cut: int = 0
     null_slots: Mapping[str, int] = field(default_factory=dict)
@@ -82,6 +84,8 @@ def describe_step(metrics: StepMetrics) -> str:
     fitted = {"reduced": metrics.num_reduced, "cut": metrics.num_cut}
     if any(fitted.values()):
         parts.append("to fit max_length " + " ".join(f"{name}={count}" for name, count in fitted.items() if count))
+    if metrics.num_nonfinite_steps:
+        parts.append(f"not finite {metrics.num_nonfinite_steps} of {metrics.num_window_steps} steps")
     null_slots = {name: count for name, count in metrics.null_slots.items() if count}
     if null_slots:
         parts.append("null slots " + " ".join(f"{name}={count}" for name, count in null_slots.items()))

@@ -31,12 +31,15 @@ class MetricWindow:
 
     def _empty(self) -> None:
         self._num_steps = 0
+        self._num_nonfinite = 0
         self._seconds = 0.0
         self._data_wait_seconds = 0.0
         self._loss_sum: Any = 0.0
         self._totals: dict[str, int] = {}
 
-    def add(self, *, loss_sum: Tensor, totals: Mapping[str, int], data_wait_seconds: float) -> None:
+    def add(
+        self, *, loss_sum: Tensor, totals: Mapping[str, int], data_wait_seconds: float, is_finite: bool = True
+    ) -> None:
         """Count one step.
 
         Args:
@@ -44,11 +47,17 @@ class MetricWindow:
             totals: counts of the step over all ranks: num_target_tokens, num_tokens, num_computed_tokens,
                 num_samples and null_<class>; others are ignored.
             data_wait_seconds: how long this rank waited for the step's data.
+            is_finite: False: nothing was updated, since the gradient was not finite; counted apart, and neither its
+                loss nor its targets are in the window's.
         """
         self._tick()
         self._num_steps += 1
-        # float64, for a window may have thousands of steps; added on the device, without waiting for it
-        self._loss_sum = self._loss_sum + loss_sum.detach().double()
+        if is_finite:
+            # float64, for a window may have thousands of steps; added on the device, without waiting for it
+            self._loss_sum = self._loss_sum + loss_sum.detach().double()
+        else:
+            self._num_nonfinite += 1
+            totals = {name: count for name, count in totals.items() if name != "num_target_tokens"}
         self._data_wait_seconds += data_wait_seconds
         for name, count in totals.items():
             self._totals[name] = self._totals.get(name, 0) + count
@@ -99,6 +108,7 @@ class MetricWindow:
             data_wait_share=min(1.0, data_wait_seconds / world_size / seconds),
             step_seconds=self._seconds / max(self._num_steps, 1),
             num_window_steps=self._num_steps,
+            num_nonfinite_steps=self._num_nonfinite,
             num_target_tokens=num_targets,
             num_reduced=self._totals.get("num_reduced", 0),
             num_cut=self._totals.get("num_cut", 0),

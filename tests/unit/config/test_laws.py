@@ -84,6 +84,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["collator.text_processing.padding=false", "train.per_device_train_batch_size=1"],
         "set train.per_device_eval_batch_size 8 to 1",
     ),
+    "the best without samples": (["train.metric_for_best_model=eval_loss"], "got eval_loss, but data.eval is empty"),
+    "the best without evaluations": (
+        ["train.metric_for_best_model=eval_loss", "train.eval_steps=0", "data.eval=[{type: tar, path: a}]"],
+        "got eval_loss, but eval_steps is 0",
+    ),
+    "the best without answers": (
+        ["train.metric_for_best_model=eval_exact_match", "data.eval=[{type: tar, path: a}]"],
+        "got eval_exact_match, which needs predict_with_generate: true",
+    ),
     "generation without samples": (["train.predict_with_generate=true"], "data.eval is empty"),
     "all frozen": (["peft.towers={vision: freeze, projector: freeze, language: freeze}"], "nothing to train"),
     "a packed tower in full": (["peft.quantization=nf4", "peft.towers.vision=full"], "cannot be trained in full"),
@@ -108,6 +117,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["data.train=[{type: tar, path: a, where: {language: '> en'}}]"],
         "expected a number behind >",
     ),
+    "kernels without a proof": (["train.use_liger_kernel=true"], "need Triton on a GPU"),
+    "sequence parallelism": (["train.sequence_parallel_size=2"], "takes text alone"),
+    "compiled blocks": (["train.torch_compile=blocks"], "not built yet"),
+    "every block but none": (["train.gradient_checkpointing_policy.vision=every-1"], "expected all, none, a number"),
     "data_files of a saved dataset": (
         ["data.eval=[{type: hf, path: saved, data_files: a}]"],
         "data.eval[0].data_files: does not apply beside path",
@@ -133,6 +146,10 @@ SAID: dict[str, tuple[list[str], str]] = {
     "video left out": ([messages(IMAGE, VIDEO)], "{type: video} is left out: video_data is off"),
     "resize without size": (["collator.image_processing.resize_mode=crop"], "crop has nothing to do: max_size is null"),
     "generation prompt": (["collator.text_processing.add_generation_prompt=true"], "usually false"),
+    "policy without checkpointing": (
+        ["train.gradient_checkpointing=false", "train.gradient_checkpointing_policy.language=4"],
+        "train.gradient_checkpointing_policy: has no effect: gradient_checkpointing is false",
+    ),
     "two warm-ups": (["train.warmup_steps=5"], "train.warmup_ratio: has no effect: warmup_steps 5 wins"),
     "packing beats grouping": (["train.packing=true"], "train.group_by_length: has no effect: packing wins"),
     "budget without packing": (

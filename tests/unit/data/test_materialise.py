@@ -7,6 +7,7 @@ import torch
 
 from tests.unit.data.samples import MemorySource, collator, jpeg, mp4
 from vlm_dist.data.materialise import Materialiser
+from vlm_dist.data.media.named import NamedBytes
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
 from vlm_dist.errors import ConfigError, DataError, ModelError
 from vlm_dist.families import family_for
@@ -273,3 +274,10 @@ def test_a_tokenizer_without_offsets_cannot_mask_prompts(processor):
     with pytest.raises(ModelError, match="set it to false, or use a fast tokenizer"):
         materialiser(slow)
     assert materialiser(slow, label_masking={})(job(IMAGE)).num_samples == 1
+
+
+def test_an_error_of_decoding_names_the_file_of_a_record(processor):
+    named = NamedBytes.of(b"<html>", "photos/a.png")
+    rows = [{"image": media, "video": None, "question": "?", "answer": "!"} for media in (named, [named])]
+    for slot in materialiser(processor, rows=rows)(job(0, 1)).null_slots:
+        assert slot.message == "photos/a.png: cannot decode the image: it is in no known format"

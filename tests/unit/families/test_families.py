@@ -1,11 +1,15 @@
 """The table of families, and one sample through the processor of each."""
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.unit.data.samples import MemorySource, collator, jpeg, mp4
 from tests.unit.families.zoo import CHECKPOINTS
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, SampleRef
+from vlm_dist.demo.digits import encode_png
 from vlm_dist.errors import ConfigError
 from vlm_dist.families import FAMILIES, GENERIC, choose_family, family_for
 
@@ -119,11 +123,46 @@ def test_a_model_of_ones_own_names_the_family_that_it_is_like():
         ({"image_token": "<img>"}, "no 'image_token'; did you mean 'image_tokens'"),
         ({"packing": "always"}, "family.packing: got 'always'"),
         ({"name": "mine"}, "no 'name'"),
+        ({"image_tokens": 5}, "family.image_tokens: got 5: expected a list"),
+        ({"image_marker": "<image{m}>"}, r"family.image_marker: got '<image\{m\}>': \{m\} means nothing; \{n\} is"),
     ],
 )
 def test_what_a_family_cannot_be_is_told(own, said):
     with pytest.raises(ConfigError, match=said):
         choose_family(own, "model_classes.me", "my_model", "MyProcessor")
+
+
+def test_a_row_of_another_model_is_refused():
+    processor = CHECKPOINTS["llava"].build()[1]
+    with pytest.raises(ConfigError, match="family qwen2_vl does not fit the processor: CLIP.* has no patch_size"):
+        Materialiser([], processor, family_for("qwen2_vl"), collator(), frozenset({"image"}), 0)
+
+
+def test_a_conversation_that_the_template_refuses_costs_itself():
+    said = ("assistant", "noise"), ("user", "<image>What is it?"), ("assistant", "noise")
+    turns = [{"role": role, "content": content} for role, content in said]
+    columns = {"messages_column": "messages", "question_column": None, "answer_column": None}
+    source = MemorySource([{"image": jpeg(60, 40), "messages": turns}], "talks", ("image", "messages"))
+    processor = CHECKPOINTS["gemma3"].build()[1]
+    config = collator(dataset_columns=columns)
+    make = Materialiser([source], processor, family_for("gemma3"), config, frozenset({"image"}), 0)
+    (slot,) = make(job(0)).null_slots
+    assert slot.message.startswith(
+        "the model's chat template refuses the conversation (roles: assistant, user, assistant): "
+    )
+
+
+@pytest.mark.parametrize("name", ["pixtral", "llava"])
+@pytest.mark.parametrize("size", [(90, 3), (1, 90)])
+def test_a_side_of_a_picture_is_never_taken_for_its_colours(name, size, caplog):
+    thin = Image.effect_noise(size, 90).convert("RGB")
+    wide = thin.resize(tuple(max(side, 5) for side in size), Image.Resampling.NEAREST)
+    processor = CHECKPOINTS[name].build()[1]
+    rows = [{"image": encode_png(np.array(picture)), "question": "?", "answer": "!"} for picture in (thin, wide)]
+    make = Materialiser([MemorySource(rows)], processor, family_for(name), collator(), frozenset({"image"}), 0)
+    first, second = (make(job(row)).inputs["pixel_values"] for row in (0, 1))
+    assert torch.equal(first, second)
+    assert "ambiguous" not in caplog.text
 
 
 def test_a_clip_that_is_shorter_than_its_file_says_costs_itself_where_clips_must_be_of_one_length():

@@ -171,3 +171,19 @@ def test_a_hub_model_is_fetched_whole_before_it_is_loaded(
     shard.unlink()
     with pytest.raises(ModelError, match=rf"fetch the weights of someone/tiny.*{shard.name}"):
         prepare_checkpoint("someone/tiny", ENTRY)
+
+
+def test_a_processor_class_of_another_model_is_told_with_the_right_one(copy: Path) -> None:
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (copy / name).is_file():
+            content = json.loads((copy / name).read_text())
+            for key in ("video_processor", "image_processor", "image_processor_type"):
+                content.pop(key, None)
+            (copy / name).write_text(json.dumps(content))
+    entry = ModelClassEntry(
+        model_class="Qwen2VLForConditionalGeneration",
+        processor_class="LlavaOnevisionProcessor",
+        import_path="transformers",
+    )
+    with pytest.raises(ModelError, match=r"belongs to Qwen2VLProcessor, but .*set processor_class: Qwen2VLProcessor"):
+        load_processor(str(copy), entry)

@@ -23,7 +23,6 @@ from vlm_dist.data.types import MicroBatchJob
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.environment import resolve_topology
 from vlm_dist.distributed.group import Ranks, init_process_groups, shut_down
-from vlm_dist.distributed.signals import StopRequest
 from vlm_dist.engine import Engine, prepare_deepspeed
 
 
@@ -71,7 +70,7 @@ def observe(name: str, changes: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     changes = {"train.output_dir": f"probe-{name}"} | changes
     config = load_run(Path("configs/tiny.yaml"), [f"{key}={json.dumps(value)}" for key, value in changes.items()])
     ahead = config.train.dataloader_prefetch_factor if config.train.dataloader_num_workers else 0
-    with watched(ahead) as seen, run_parts(config, ranks, StopRequest()) as parts:
+    with watched(ahead) as seen, run_parts(config, ranks) as parts:
         module = parts.trainer.engine.module
         seen["dtype"] = str(parts.trainer.engine.compute_dtype)
         start = {key: p.detach().float().clone() for key, p in module.named_parameters() if p.requires_grad}

@@ -18,6 +18,7 @@ from vlm_dist.errors import ConfigError
 #: Key -> the test outside of this package that shows its effect.
 ELSEWHERE: dict[str, str] = {
     "data.max_bad_share": "tests/e2e/test_fault_corpus.py::test_more_than_allowed_ends_all_ranks_with_one_message",
+    "train.memory_check": "tests/engine/test_memory_check.py::test_it_fails_at_minute_one",
 }
 
 #: Keys that are refused, whatever they are set to.

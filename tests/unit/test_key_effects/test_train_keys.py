@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +18,15 @@ from tests.unit.test_key_effects.registry import shows
 from vlm_dist import build
 from vlm_dist.build import continuation
 from vlm_dist.build import run as build_run
+from vlm_dist.build import saving as build_saving
+from vlm_dist.checkpoint import AdapterExport, CheckpointStore, RunFacts
 from vlm_dist.config.arithmetic import resolve_batch
 from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
 from vlm_dist.data.workers.pool import WorkerPool
-from vlm_dist.distributed.signals import StopRequest
+from vlm_dist.engine import TrainableState
 from vlm_dist.model import attach_adapter, load_model
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
 
@@ -223,9 +226,11 @@ def test_micro_batches_are_pinned_for_a_gpu() -> None:
 @shows("train.resume")
 def test_resume_false_refuses_a_directory_with_checkpoints(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """That `auto` and a path continue is shown in a run."""
+    from vlm_dist.checkpoint import Places
     from vlm_dist.errors import CheckpointError
 
     monkeypatch.setattr(continuation, "agree_on_failure", lambda ranks: _Nothing())
+    monkeypatch.setattr(continuation, "find_places", lambda output_dir, ranks: Places(is_writer=True))
     ranks: Any = SimpleNamespace(is_main=True)
     store: Any = SimpleNamespace(latest=lambda: object())
     changes = {"train.output_dir": str(project.data / "run")}
@@ -239,6 +244,43 @@ class _Nothing:
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+
+def steps_kept(project: Project, tmp_path: Path, losses: Sequence[float], **changes: Any) -> list[int]:
+    """Checkpoints that are left of one per step, out of eight steps, where each was evaluated with this loss."""
+    settings = {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1} | changes
+    config = project.config({"train.output_dir": str(tmp_path)} | {f"train.{k}": v for k, v in settings.items()})
+    store = CheckpointStore(tmp_path, build_saving.make_retention(config, 8))
+    for step, loss in enumerate(losses, start=1):
+        store.save(step, TrainableState(step, {}), AdapterExport({}, {}), RunFacts({}, 1))
+        store.mark(step, {"images/loss": loss, "images/exact_match": loss, "clips/loss": 1.0})
+    return sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+
+
+@shows("train.save_keep_steps")
+@pytest.mark.parametrize(("given", "kept"), [(0, [8]), (3, [3, 6, 8]), (0.5, [4, 7, 8])])
+def test_every_so_many_steps_one_stays(project: Project, tmp_path: Path, given: float, kept: list[int]) -> None:
+    assert steps_kept(project, tmp_path, range(8), save_keep_steps=given) == kept
+
+
+@shows("train.metric_for_best_model", "train.greater_is_better")
+@pytest.mark.parametrize(
+    ("metric", "greater", "kept"),
+    [
+        (None, None, [8]),
+        ("eval_loss", None, [3, 8]),
+        ("images/loss", None, [3, 8]),
+        ("clips/loss", None, [1, 8]),
+        ("eval_loss", True, [6, 8]),
+        ("eval_exact_match", None, [6, 8]),
+        ("eval_exact_match", False, [3, 8]),
+    ],
+)
+def test_the_best_stays(
+    project: Project, tmp_path: Path, metric: str | None, greater: bool | None, kept: list[int]
+) -> None:
+    changes = {"metric_for_best_model": metric, "greater_is_better": greater, "predict_with_generate": True}
+    assert steps_kept(project, tmp_path, (4, 3, 1, 2, 5, 9, 7, 6), **changes) == kept
 
 
 @shows("train.run_name")
@@ -255,5 +297,5 @@ def test_a_run_has_its_name_or_that_of_its_directory(
     monkeypatch.setattr(build_run, "MetricLog", tell)
     config = project.config({"train.output_dir": "runs/vqa", "train.run_name": given})
     ranks: Any = SimpleNamespace(rank=0)
-    with pytest.raises(Told, match=expected), build.run_parts(config, ranks, StopRequest()):
+    with pytest.raises(Told, match=expected), build.run_parts(config, ranks):
         pass

@@ -12,6 +12,7 @@ import pytest
 
 from tests.tiny_run import Finished, TinyRun
 from tests.unit.test_key_effects.registry import shows
+from vlm_dist.data.ledger import read_ledger
 
 pytestmark = pytest.mark.e2e
 
@@ -31,6 +32,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unclipped": {"train.max_grad_norm": 0},
     "wide": {"train.max_grad_norm": 1e9},
     "checkpointing": {"train.gradient_checkpointing": True},
+    "one_block": {
+        "train.gradient_checkpointing": True,
+        "train.gradient_checkpointing_policy.language": 1,
+        "train.gradient_checkpointing_policy.vision": "none",
+    },
+    "vision_alone": {
+        "train.gradient_checkpointing": True,
+        "train.gradient_checkpointing_policy.language": "none",
+    },
     "bf16": {"train.bf16": True, "model.loading_params.torch_dtype": "bfloat16"},
     "one_worker": {"train.dataloader_num_workers": 1, "train.dataloader_prefetch_factor": 1, "train.max_steps": 6},
     "two_workers": {"train.dataloader_num_workers": 2, "train.dataloader_prefetch_factor": 4, "train.max_steps": 6},
@@ -78,6 +88,16 @@ def test_checkpointing_is_switched_on_and_changes_nothing(seen: dict[str, Any]) 
     assert seen["plain"]["num_checkpointing"] == 0
     assert seen["checkpointing"]["num_checkpointing"] > 0
     assert seen["checkpointing"]["checksum"] == pytest.approx(seen["plain"]["checksum"], rel=1e-4)
+
+
+@shows("train.gradient_checkpointing_policy.language", "train.gradient_checkpointing_policy.vision")
+def test_checkpointing_is_for_the_blocks_that_are_named(seen: dict[str, Any]) -> None:
+    """Two blocks of the language model and one of the vision tower, which has LoRA too."""
+    counts = {name: seen[name]["num_checkpointing"] for name in ("checkpointing", "one_block", "vision_alone")}
+    assert counts["checkpointing"] - counts["one_block"] == 2
+    assert counts["checkpointing"] - counts["vision_alone"] == 2
+    for name in counts:
+        assert seen[name]["checksum"] == pytest.approx(seen["plain"]["checksum"], rel=1e-4)
 
 
 @shows("train.bf16")
@@ -133,6 +153,7 @@ def stopped(tiny_run: TinyRun) -> Finished:
         "train.wandb_project=our-project",
         "train.run_name=our-run",
         "train.dataloader_pin_memory=true",
+        "train.sample_ledger=true",
     )
 
 
@@ -176,6 +197,15 @@ def test_the_run_is_in_wandb_under_its_names(place: Path) -> None:
     recorded = file.read_bytes()
     assert RunRecord(display_name="our-run").SerializeToString() in recorded
     assert RunRecord(project="our-project").SerializeToString() in recorded
+
+
+@shows("train.sample_ledger")
+def test_the_ledger_names_the_samples_of_each_step(tiny_run: TinyRun, place: Path) -> None:
+    ledger = read_ledger(place)
+    assert list(ledger) == [0, 1, 2, 3]
+    assert {len(set(step.samples)) for step in ledger.values()} == {4}
+    assert len({sample for step in ledger.values() for sample in step.samples}) == 16
+    assert not list(tiny_run.directory.glob("probe-*/ledger"))
 
 
 @shows("train.dataloader_pin_memory")

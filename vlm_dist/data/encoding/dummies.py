@@ -46,7 +46,11 @@ class DummyRows:
                     encoded = encoder.encode(rendered, clips=[blank_clip(num_frames, side, side)], do_resize=resize)
                 self._rows[kind] = _as_dummy(encoded, frozenset([kind]))
         except SkipSample as skip:
-            raise ModelError(f"the processor cannot make the smallest sample of all: {skip.message}") from skip
+            shown = ", ".join(f"{markers[kind]!r} for one {kind}" for kind in towers)
+            raise ModelError(
+                f"the processor cannot make the smallest sample of all: {skip.message}. The text has {shown}: "
+                "model_classes.<model>.family.image_marker and video_marker say otherwise"
+            ) from skip
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """Choose the rows that a micro-batch lacks: one per kind, and a text where there is no row at all."""

@@ -155,8 +155,9 @@ class FittingEncoder:
         needed = text.num_before_answer if self._learns_answers_alone else text.num_before_visual_end
         room = limit - needed - 1
         if self._for_generation or room < smallest:
+            why = ": nothing of the answer would be left" if self._learns_answers_alone else ""
             raise SkipSample(
                 "too_long",
-                f"{text.num_tokens} tokens of text and at least {smallest} of media, max_length is {limit}",
+                f"{text.num_tokens} tokens of text and at least {smallest} of media, max_length is {limit}{why}",
             )
         return max(smallest, min(limit // 2, room)), True

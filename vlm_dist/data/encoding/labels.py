@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from vlm_dist.config.vlm_collator import LabelMasking
@@ -82,7 +83,8 @@ class Renderer:
         to stop.
 
         Raises:
-            SkipSample: ("bad_sample") a text contains a placeholder token, or the template changes an answer.
+            SkipSample: ("bad_sample") a text contains a placeholder token, or the template refuses the conversation or
+                changes an answer.
         """
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         self._refuse_placeholders(texts)
@@ -116,7 +118,13 @@ class Renderer:
         arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         if self._template is not None:
             arguments["chat_template"] = self._template
-        rendered = self._processor.apply_chat_template(list(messages), **arguments)
+        try:
+            rendered = self._processor.apply_chat_template(list(messages), **arguments)
+        except TemplateError as error:  # roles in an order that it does not know, for one
+            roles = ", ".join(message["role"] for message in messages)
+            raise SkipSample(
+                "bad_sample", f"the model's chat template refuses the conversation (roles: {roles}): {error}"
+            ) from error
         assert isinstance(rendered, str)
         return rendered
 

@@ -40,7 +40,9 @@ def choose_kinds(config: VlmCollatorConfig, family: Family) -> frozenset[str]:
     switches = config.data_processing
     images, videos = switches.image_data, switches.video_data
     if videos and not family.takes_video:
-        raise ConfigError(f"data_processing.video_data is on, but models of the family {family.name} take no videos")
+        raise ConfigError(
+            f"data_processing.video_data is on, but models of the family {family.name} take no videos; set it to false"
+        )
     if images and videos and not family.takes_image_and_video:
         log.warning(
             "image_data and video_data are both on, but models of the family %s are given one kind: "
@@ -69,7 +71,10 @@ def check_columns(builder: MessageBuilder, sources: Sequence[Source]) -> None:
     for kind, column in media.items():
         if sources and not any(column in source.columns for source in sources):
             there = "; ".join(f"{source.name} has: {', '.join(source.columns)}" for source in sources)
-            problems.append(f"dataset_columns.{kind}_column: no source has a column {column!r}; {there}")
+            problems.append(
+                f"dataset_columns.{kind}_column: no source has a column {column!r}; {there}. "
+                f"Without {kind}s, set data_processing.{kind}_data: false"
+            )
     if problems:
         raise ConfigError("\n".join([*problems, *_conversations_hint(builder, sources)]))
     for source in sources:
@@ -110,17 +115,11 @@ def check_messages(renderer: Renderer, builder: MessageBuilder) -> None:
     Raises:
         ConfigError: it refuses them, so it would refuse every sample.
     """
-    from jinja2 import TemplateError
-
     messages = builder.build(builder.empty_fields()).messages
     try:
         renderer.render(messages)
-    except (TemplateError, SkipSample) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        reason = error.message if isinstance(error, SkipSample) else str(error)
-        raise ConfigError(
-            f"the model's chat template refuses message_format.training_messages (roles: {roles}): {reason}"
-        ) from error
+    except SkipSample as skip:
+        raise ConfigError(f"message_format.training_messages: {skip.message}") from skip
 
 
 def choose_video_libraries(config: VlmCollatorConfig) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ def _as_media(value: Any, column: str) -> list[bytes]:
     if isinstance(value, list | tuple):
         return [item for element in value for item in _as_media(element, column)]
     if isinstance(value, bytes | bytearray | memoryview):
-        return [bytes(value)]
+        return [value if isinstance(value, bytes) else bytes(value)]  # bytes with a name keep it
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     raise SkipSample(
         "bad_sample",

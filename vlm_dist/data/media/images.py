@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vlm_dist.data.media.named import naming
@@ -105,6 +105,8 @@ def _decode(data: bytes, convert_to_rgb: bool) -> Picture:
                     opened.load()
                     image = ImageOps.exif_transpose(opened)
                     picture = _as_tensor(to_rgb(image)) if convert_to_rgb else image
+    except UnidentifiedImageError as error:  # its own message is a place in memory
+        raise SkipSample("decode", "cannot decode the image: it is in no known format") from error
     except _DECODE_ERRORS as error:
         raise SkipSample("decode", f"cannot decode the image: {type(error).__name__}: {error}") from error
     return picture

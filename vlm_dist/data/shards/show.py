@@ -72,7 +72,7 @@ def find_sample(paths: Sequence[Path], key: str, index_dir: Path | None = None) 
         known.extend(keys[: max(0, _MAX_KEYS_COMPARED - len(known))])
     near = list(dict.fromkeys([*_same_base(own_key, known), *difflib.get_close_matches(own_key, known, 5, 0.5)]))[:5]
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-    example = f" Keys look like {known[0]!r}." if known and not near else ""
+    example = f"; keys look like {known[0]!r}" if known and not near else ""
     shards = "1 shard" if len(paths) == 1 else f"{len(paths)} shards"
     if damaged:
         unread = "".join(f"\n  {problem}" for problem in damaged)

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import time
 from collections import deque
@@ -143,6 +144,8 @@ class WorkerPool:
 
     def _run(self) -> None:
         """Run in the thread: hand out jobs, take results, replace the dead and the swollen."""
+        # the fork server and its workers inherit it: a signal to the process group is for the owner alone
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
         try:
             payload = pickle.dumps(self._materialise, 5)
             context = multiprocessing.get_context("forkserver")

@@ -44,8 +44,9 @@ def run_worker(pipe: connection.Connection, payload: bytes, board: progress.Boar
         payload: the pickled materialiser.
         board: where it is noted what this worker is at.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # requests to stop are the owner's business, whose end is a worker's, too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_owner, name="owner-watch", daemon=True).start()
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)

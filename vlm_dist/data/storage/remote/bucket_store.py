@@ -138,6 +138,8 @@ _PROGRAM_ERRORS = (TypeError, ValueError, AttributeError, KeyError, NotImplement
 
 def _may_pass(error: Exception) -> bool:
     """Whether a failure of the store or the network may pass; s3fs and gcsfs have no common word for it."""
+    if type(error).__name__ == "ParamValidationError":  # botocore's: the request itself is wrong
+        return False
     return not isinstance(error, _PROGRAM_ERRORS) and not (isinstance(error, OSError) and error.errno == 22)
 
 

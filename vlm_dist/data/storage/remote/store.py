@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
-from vlm_dist.data.storage.remote.urls import scheme_of
+from vlm_dist.data.storage.remote.urls import scheme_of, shown
 from vlm_dist.errors import DataError
 
 #: Scheme -> the extra of this package that reads it.
@@ -109,6 +110,17 @@ def _make_store(extra: str) -> RemoteStore:
 
 
 def check_known(urls: Sequence[str]) -> None:
-    """Refuse schemes that cannot be read, before anything is asked for."""
+    """Refuse URLs that cannot be read, before anything is asked for.
+
+    Raises:
+        DataError: a scheme is unknown or needs a package; or a bucket is given a user and a password.
+    """
+    for url in urls:
+        scheme = scheme_of(url)
+        if scheme not in ("http", "https") and "@" in urlsplit(url).netloc:
+            raise DataError(
+                f"{shown(url)}: {scheme}:// takes no user and password in the path; this machine's own credentials are "
+                "used (docs/data-remote.md): take what stands before the @ out of it"
+            )
     for scheme in {scheme_of(url): url for url in urls}.values():
         store_for(scheme)

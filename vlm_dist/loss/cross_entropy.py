@@ -1,8 +1,4 @@
-"""The one truth for the loss: a sum over target tokens, in float32.
-
-A step's loss is this sum over all micro-batches of all ranks, divided by the step's number of target tokens (the
-engine divides). So the gradient does not depend on how the step was cut.
-"""
+"""Cross-entropy from logits: of all positions, where they are there anyway."""
 
 # Shapes: B batch, T tokens, V vocabulary, N = B x T positions
 
@@ -50,11 +46,7 @@ def token_loss_sum(
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):
-    """Cross-entropy that recomputes a chunk's softmax in the backward instead of keeping it.
-
-    All positions are computed, labelled or not: choosing the labelled ones would need their number on the host, and
-    the loop has no other host synchronisation.
-    """
+    """Cross-entropy that recomputes a chunk's softmax in the backward instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, chunk: int) -> Tensor:  # [N, V], [N]

@@ -1,0 +1,182 @@
+"""A rank that hangs, one that is gone, one that fails: the others say which, where it was, and end in time."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import Ranks, run_doomed_ranks, run_ranks
+from vlm_dist.build.ending import told_clearly
+from vlm_dist.config.train import TrainConfig
+from vlm_dist.distributed import watchdog as watchdog_module
+from vlm_dist.distributed.group import LostPeerError
+from vlm_dist.distributed.watchdog import Watchdog
+from vlm_dist.errors import ExitCode
+
+HANG_SECONDS = 3.0
+
+
+@pytest.fixture(autouse=True)
+def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog_module, "FIRST_USE_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog_module, "SILENCE_SECONDS", 2.0)
+
+
+def jump_about() -> None:
+    """A wall clock that jumps by an hour, forth and back, all the time."""
+    now = time.time
+    time.time = lambda: now() + 3600 * (int(time.monotonic() * 7) % 3 - 1)  # type: ignore[assignment]
+
+
+def in_their_own_words(ranks: Ranks, disturb: Any, directory: Path, results: Any) -> None:
+    """Steps of a barrier each, with what `disturb` does; tells how this rank ended, and what it said."""
+    sys.stderr = (directory / f"stderr-{ranks.rank}").open("w")
+    jump_about()
+
+    def end(code: int) -> None:
+        results.put((ranks.rank, code, time.monotonic()))
+        os._exit(0)
+
+    with Watchdog(ranks, HANG_SECONDS, directory / "stacks", end):
+        for step in range(10**6):
+            ranks.progress.at("forward", step, [f"images/a.tar:{ranks.rank}-{step}"])
+            disturb(ranks, step)
+            time.sleep(0.02)
+            ranks.progress.at("backward")
+            with contextlib.suppress(RuntimeError):
+                ranks.barrier()
+                continue
+            time.sleep(60)  # as NCCL, which does not tell that a rank is gone
+
+
+def run_disturbed(disturb: Any, world_size: int, directory: Path, wait_seconds: float = 45.0) -> dict[int, int]:
+    """Rank -> exit code, of those that told."""
+    results = multiprocessing.get_context("fork").SimpleQueue()
+    run_doomed_ranks(in_their_own_words, world_size, disturb, directory, results, timeout_seconds=wait_seconds)
+    codes = {}
+    while not results.empty():
+        rank, code, _ = results.get()
+        codes[rank] = code
+    return codes
+
+
+def hang(ranks: Ranks, step: int) -> None:
+    if ranks.rank == 1 and step == 20:
+        the_line_that_hangs = threading.Event()
+        the_line_that_hangs.wait()
+
+
+def test_a_rank_that_hangs_is_named_and_all_write_their_stacks_and_end(tmp_path: Path) -> None:
+    codes = run_disturbed(hang, 3, tmp_path)
+    assert codes == dict.fromkeys(range(3), int(ExitCode.HANG))
+    said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(3))
+    assert said.count("error: hang") == 1
+    assert re.search(r"Rank 1 lags: step 20, forward, samples images/a.tar:1-20, for 0.[01] min; the others wait", said)
+    for rank in range(3):
+        stacks = (tmp_path / "stacks" / f"rank-{rank}.txt").read_text()
+        assert stacks.startswith(f"rank {rank} at step 20")
+        assert ("in hang" if rank == 1 else "in barrier") in stacks
+
+
+def be_killed(ranks: Ranks, step: int) -> None:
+    if ranks.rank == 1 and step == 20:
+        time.sleep(1.5)  # the others hear of it once a second
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stand_still(ranks: Ranks, step: int) -> None:
+    if ranks.rank == 0 and step == 20:  # the one that keeps the store
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("disturb", "gone", "words"),
+    [
+        (be_killed, 1, "another rank is gone: rank 1, last heard of [2-5] s ago at step 20, forward, samples images"),
+        (stand_still, 0, "another rank is gone: rank 0, or the process that keeps the ranks' store, last heard of"),
+    ],
+)
+def test_a_rank_that_is_gone_is_named_though_the_backend_waits(
+    disturb: Any, gone: int, words: str, tmp_path: Path
+) -> None:
+    codes = run_disturbed(disturb, 3, tmp_path)
+    left = [rank for rank in range(3) if rank != gone]
+    assert codes == dict.fromkeys(left, int(ExitCode.DISTRIBUTED))
+    said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in left)
+    assert re.search(words, said), said
+
+
+def fail_or_be_killed(ranks: Ranks, is_killed: bool, directory: Path) -> tuple[str, str]:
+    sys.stderr = (directory / f"stderr-{ranks.rank}").open("w")
+    settings = TrainConfig(output_dir=directory)
+    try:
+        with told_clearly(settings, ranks):
+            ranks.progress.at("forward", 7, ["images/a.tar:0003"])
+            time.sleep(1.5)
+            if ranks.rank == 1:
+                if is_killed:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError("CUDA out of memory")
+            ranks.barrier()
+    except LostPeerError as error:
+        return "lost", str(error)
+    except RuntimeError as error:
+        sys.stderr.flush()
+        if "/gloo/" not in str(error) and ranks.rank == 1:
+            os._exit(1)  # what the entry does
+        return "failed", str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_others_say_who_left_and_why(is_killed: bool, tmp_path: Path) -> None:
+    results: list[Any] = []
+
+    def note(ranks: Ranks) -> None:
+        (tmp_path / f"told-{ranks.rank}").write_text(str(fail_or_be_killed(ranks, is_killed, tmp_path)))
+
+    run_doomed_ranks(note, 3)
+    results = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 2)]
+    for told in results:
+        if is_killed:
+            assert "another rank is gone: rank 1, last heard of" in told
+        else:
+            assert "another rank is gone: rank 1 has left at" in told
+            assert "RuntimeError: CUDA out of memory" in told
+        assert "at step 7, forward, samples images/a.tar:0003" in told
+        assert "train.resume=auto" in told
+    if not is_killed:
+        said = (tmp_path / "stderr-1").read_text()
+        assert said == (
+            "error: rank 1 failed at step 7, forward, samples images/a.tar:0003: RuntimeError: CUDA out of memory\n"
+        )
+
+
+def alone(ranks: Ranks, directory: Path) -> list[int]:
+    codes: list[int] = []
+    with Watchdog(ranks, 1.0, directory, codes.append):
+        ranks.progress.at("building")  # start-up has no limit of its own
+        time.sleep(1.6)
+        assert not codes
+        for _ in range(8):  # longer than the limit in all, but it moves
+            ranks.progress.at("forward", 3)
+            time.sleep(0.3)
+        assert not codes
+        time.sleep(1.5)
+    return codes
+
+
+def test_only_a_watched_phase_that_does_not_move_is_a_hang(tmp_path: Path) -> None:
+    assert run_ranks(alone, 1, tmp_path) == [[int(ExitCode.HANG)]]
