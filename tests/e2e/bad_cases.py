@@ -219,7 +219,9 @@ CASES = [
         ExitCode.CONFIG,
         "zero_optimization.stage is '2', expected 0, 1, 2 or 3",
     ),
-    later("JSON stage 4", changed("deepspeed=ds_configs/four.json"), ExitCode.CONFIG, "stage is 4, expected 0, 1, 2 or 3"),
+    later(
+        "JSON stage 4", changed("deepspeed=ds_configs/four.json"), ExitCode.CONFIG, "stage is 4, expected 0, 1, 2 or 3"
+    ),
     # Where it goes and where it starts
     Case(
         "output_dir is a file",

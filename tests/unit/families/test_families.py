@@ -134,7 +134,7 @@ def test_what_a_family_cannot_be_is_told(own, said):
 
 def test_a_row_of_another_model_is_refused():
     processor = CHECKPOINTS["llava"].build()[1]
-    with pytest.raises(ConfigError, match="family qwen2_vl does not fit the processor: CLIP.* has no patch_size"):
+    with pytest.raises(ConfigError, match=r"family qwen2_vl does not fit the processor: CLIP.* has no patch_size"):
         Materialiser([], processor, family_for("qwen2_vl"), collator(), frozenset({"image"}), 0)
 
 
