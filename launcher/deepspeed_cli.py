@@ -7,10 +7,15 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
+
+from launcher.lifeline import end_with_parent
 
 #: Options of DeepSpeed's runner that take a value as the next argument (deepspeed.launcher.runner.parse_args).
 #: Needed to find the user's script, after which nothing may be touched; a test compares them with the installed runner.
@@ -81,6 +86,8 @@ class _RecordedPopen(subprocess.Popen[Any]):
     started: ClassVar[list[subprocess.Popen[Any]]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # the runner's own end, SIGTERM included, would leave all ranks behind: so what it starts is asked to stop then
+        kwargs.setdefault("preexec_fn", functools.partial(end_with_parent, signal.SIGTERM, os.getpid()))
         super().__init__(*args, **kwargs)
         self.started.append(self)
 

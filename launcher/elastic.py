@@ -90,7 +90,7 @@ def read_outcome(directory: Path, agent_code: int) -> Outcome:
     if failed:
         return Outcome(failed[0][3], failed[0][2], step)
     if ends and agent_code == 0:
-        return Outcome(0, ends[0][2], step)
+        return Outcome(0, min(end[2] for end in ends), step)
     return Outcome(agent_code or int(ExitCode.FAILURE), None, step)
 
 

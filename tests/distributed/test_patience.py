@@ -22,6 +22,7 @@ from tests.ranks import Ranks, run_ranks
 from vlm_dist.build import data
 from vlm_dist.distributed import patience
 from vlm_dist.distributed.patience import long_work
+from vlm_dist.distributed.signals import AskedToStop
 from vlm_dist.errors import DataError, DistributedError
 
 DEADLINE = timedelta(seconds=2)  # of every collective, in the place of minutes
@@ -105,6 +106,26 @@ def test_a_failure_ends_the_work_of_all_at_once() -> None:
         *["rank 0: captions: the disk is full"] * 2,
     ]
     assert all(seconds < 10 for _, seconds in results)
+
+
+def stop_while_others_work(ranks: Ranks) -> tuple[str, float]:
+    ranks = impatient(ranks)
+    started = time.monotonic()
+    try:
+        with long_work(ranks, "opening data.train", leaves_if_asked=True):
+            if ranks.rank == 0:
+                ranks.stop.ask("a test")
+            time.sleep(30)
+    except AskedToStop as asked:
+        return str(asked), time.monotonic() - started
+    return "", 0.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_request_to_stop_ends_the_work_of_all_at_once(world_size: int) -> None:
+    for message, seconds in run_ranks(stop_while_others_work, world_size):
+        assert message == ("SIGTERM" if world_size == 1 else "SIGTERM to rank 0")
+        assert seconds < 10
 
 
 def lose_the_worker(ranks: Ranks, number: int, results: Any) -> None:

@@ -56,12 +56,12 @@ class Command:
             time.sleep(0.1)
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id, of trainers."""
+        """Rank -> process id, of trainers that the `deepspeed` command has started."""
         found: dict[int, int] = {}
         for process in self.family():
             try:
                 words = process.cmdline()
-                if "vlm_dist.train" in words and words[0] == sys.executable and "launch" not in " ".join(words[:4]):
+                if any(word.startswith("--local_rank=") for word in words) and "vlm_dist.train" in words:
                     found[int(process.environ().get("RANK", "0"))] = process.pid
             except psutil.Error:
                 continue
@@ -142,7 +142,7 @@ def test_ctrl_c_saves_and_stops_and_twice_stops_at_once(start: Callable[..., Com
 
 @pytest.mark.parametrize("phase", ["import", "groups", "loading", "evaluation", "saving", "data"])
 def test_usr1_in_each_phase(phase: str, start: Callable[..., Command]) -> None:
-    fault = {"evaluation": "usr1:0:evaluation:2", "saving": "usr1:0:saving:2", "data": "usr1:0:data:2"}.get(
+    fault = {"evaluation": "usr1:0:evaluation:2", "saving": "usr1:0:saving:2", "data": "usr1:0:data wait:2"}.get(
         phase, f"usr1:0:{phase}:-1"
     )
     command = start(

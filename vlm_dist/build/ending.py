@@ -51,7 +51,8 @@ def told_clearly(settings: TrainConfig, ranks: Ranks) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".")
+    line = (str(error).splitlines() or [""])[0]
+    return line.partition(". This is typically caused")[0].rstrip(".")  # gloo has advice for all cases
 
 
 def _say(text: str) -> None:

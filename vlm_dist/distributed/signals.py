@@ -111,7 +111,7 @@ class StopRequest:
     def _leave_alone(self) -> None:
         """There is nothing to save, and somebody is not there to agree with."""
         if not self._has_met:
-            _say("stopped by a signal at start-up, while waiting for the other processes; nothing to save")
+            _say("stopped by a signal at start-up, before the processes had met; there is nothing to save")
             os._exit(int(ExitCode.PREEMPTED))
 
 

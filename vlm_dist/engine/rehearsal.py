@@ -52,8 +52,8 @@ class Snapshot:
             for key, value in self._optimizer.state.get(flat, {}).items():
                 if isinstance(value, Tensor):
                     value.copy_(before[key]) if key in before else value.zero_()
-                elif key in before:
-                    self._optimizer.state[flat][key] = before[key]
+                else:  # DeepSpeed's CPU Adam counts its steps in a plain integer
+                    self._optimizer.state[flat][key] = before.get(key, 0)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         for owner, values in ((self._engine, self._counters), (self._scaler, self._scale)):

@@ -356,12 +356,17 @@ ACCEPTED = {
     "data.train[0].subset": [("{share: 0.5}", {"share": 0.5, "seed": 0}), ("null", None)],
 }
 
+#: What else has to be set for a value to make sense.
+BESIDE = {
+    "train.metric_for_best_model": ["data.eval=[{type: tar, path: heldout}]", "train.predict_with_generate=true"],
+}
+
 
 @pytest.mark.parametrize(
     ("key", "written", "read"), [(key, written, read) for key, cases in ACCEPTED.items() for written, read in cases]
 )
 def test_what_is_accepted(project: Project, key: str, written: str, read: Any) -> None:
-    dumped = project.load(f"{key}={written}").dump()
+    dumped = project.load(*BESIDE.get(key, ()), f"{key}={written}").dump()
     assert value_at(dumped, key.replace("[0]", "")) == read if "[0]" not in key else True
     if "[0]" in key:
         assert dumped["data"]["train"][0][key.rpartition(".")[2]] == read

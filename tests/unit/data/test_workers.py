@@ -105,11 +105,13 @@ def test_workers_their_errors_and_their_deaths(tmp_path):
             pool.submit(job(0, BUG)).result()
 
         before = pool.pids
-        jobs = [pool.submit(job(step, SLOW)) for step in range(4)]
-        for pid in before:
-            os.kill(pid, signal.SIGTERM)  # as a scheduler does to all processes of a job
-        assert [one.result().job.step for one in jobs] == list(range(4))
-        assert not set(before) & set(pool.pids)
+        # a scheduler's SIGTERM to all processes of a job is the trainer's business: it still needs the workers
+        for number, stays in ((signal.SIGTERM, True), (signal.SIGKILL, False)):
+            jobs = [pool.submit(job(step, SLOW)) for step in range(4)]
+            for pid in before:
+                os.kill(pid, number)
+            assert [one.result().job.step for one in jobs] == list(range(4))
+            assert set(before) == set(pool.pids) if stays else not set(before) & set(pool.pids)
 
         jobs = [pool.submit(job(step, kind)) for step, kind in ((0, 0), (1, CRASH), (2, HANG), (3, 0))]
         assert [one.result().job.step for one in jobs] == list(range(4))  # the second time they work

@@ -296,6 +296,6 @@ def test_a_run_has_its_name_or_that_of_its_directory(
 
     monkeypatch.setattr(build_run, "MetricLog", tell)
     config = project.config({"train.output_dir": "runs/vqa", "train.run_name": given})
-    ranks: Any = SimpleNamespace(rank=0)
+    ranks: Any = SimpleNamespace(rank=0, leave_if_asked=lambda: None)
     with pytest.raises(Told, match=expected), build.run_parts(config, ranks):
         pass

@@ -8,21 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Resampling
 from torch import Tensor
 
 from vlm_dist.data.encoding.align import align_answers
 from vlm_dist.data.encoding.labels import RenderedText, Span, answer_tokens, markers_alone
 from vlm_dist.data.encoding.quick_processor import quicken
-from vlm_dist.data.media.images import Picture, as_pil, image_size
+from vlm_dist.data.media.images import Picture, as_pil, with_clear_sides
 from vlm_dist.data.media.video import Clip
 from vlm_dist.errors import ConfigError, ModelError, SkipSample
 from vlm_dist.families import Family
 
 # Shapes: T tokens of the sample; visual tensors as the family has them, never sliced on dim 0
-
-#: Processors guess which dimension is that of the colours: a side of 1 or 3 pixels would be taken for it.
-_MOST_CHANNELS = 4
 
 
 @dataclass(slots=True)
@@ -238,7 +234,7 @@ class Encoder:
         if do_resize is not None:
             visual["do_resize"] = do_resize
         if images:
-            shown = [image if min(image_size(image)) > _MOST_CHANNELS else _enlarged(image) for image in images]
+            shown = [with_clear_sides(image) for image in images]
             arguments["images"] = [shown if self._takes_tensors else [as_pil(image) for image in shown]]
             arguments["images_kwargs"] = visual
         if clips:
@@ -271,14 +267,6 @@ class Encoder:
             if rendered.text[start:end] != one["text"]:
                 raise ModelError(f"{type(self._processor).__name__} edits the text before it expands {one['text']!r}")
         return sorted(shown, key=lambda one: int(one["span"][0]))
-
-
-def _enlarged(picture: Picture) -> Picture:
-    """The picture with sides that cannot be taken for colour channels; its pixels are repeated."""
-    width, height = (max(side, _MOST_CHANNELS + 1) for side in image_size(picture))
-    if isinstance(picture, Tensor):
-        return torch.nn.functional.interpolate(picture[None], (height, width), mode="nearest-exact")[0]
-    return picture.resize((width, height), Resampling.NEAREST)
 
 
 def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm_dist.data.encoding.encode import Encoder
 from vlm_dist.data.encoding.labels import markers_alone
-from vlm_dist.data.media.images import Picture, image_size, scale_image, scaled_size
+from vlm_dist.data.media.images import Picture, clear_side, image_size, scale_image, scaled_size
 from vlm_dist.data.media.video import Clip, blank_clip, keep_frames, scale_clip
 from vlm_dist.errors import SkipSample
 from vlm_dist.families import Family
@@ -207,7 +207,7 @@ class VisualCounter:
         estimator = getattr(self._processor, "_get_num_multimodal_tokens", None)
         if estimator is None:
             return None
-        sizes: dict[str, Any] = {"image_sizes": [(height, width) for _, width, height in shapes]}
+        sizes: dict[str, Any] = {"image_sizes": [(clear_side(h), clear_side(w)) for _, w, h in shapes]}
         if kind == "video":
             sizes = {"video_sizes": [(frames, height, width) for frames, width, height in shapes]}
         try:

@@ -164,6 +164,22 @@ def as_pil(picture: Picture) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
+def with_clear_sides(picture: Picture) -> Picture:
+    """The picture with sides that no processor takes for its colours (see `clear_side`); its pixels are repeated."""
+    size = image_size(picture)
+    width, height = map(clear_side, size)
+    if (width, height) == size:
+        return picture
+    if isinstance(picture, Image.Image):
+        return picture.resize((width, height), Image.Resampling.NEAREST)
+    return torch.nn.functional.interpolate(picture[None], (height, width), mode="nearest-exact")[0]
+
+
+def clear_side(side: int) -> int:
+    """A side in pixels, at least 5: processors guess which dimension has the 1, 3 or 4 colours."""
+    return max(side, 5)
+
+
 def image_size(picture: Picture) -> tuple[int, int]:
     """(width, height) in pixels."""
     if isinstance(picture, Image.Image):
