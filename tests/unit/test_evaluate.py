@@ -21,6 +21,7 @@ from vlm_dist.data.types import MicroBatch, MicroBatchJob, NullSlot, RawSample, 
 from vlm_dist.demo.tiny_model import TinyShape, save_tiny_qwen2_vl
 from vlm_dist.errors import DataError, ModelError, VlmDistError
 from vlm_dist.evaluate import Evaluator, normalise_answer
+from vlm_dist.evaluate.generation import learned_ends
 from vlm_dist.loss import LabelledHead, token_loss_sum
 from vlm_dist.model import attach_adapter, enable_gradient_checkpointing, load_model, load_processor
 
@@ -355,3 +356,32 @@ def cannot_generate(ranks: Ranks, tiny_dir: Path) -> str:
 def test_a_model_that_cannot_generate_is_refused_at_once(tiny_dir: Path) -> None:
     (message,) = run_ranks(cannot_generate, 1, tiny_dir)
     assert "predict_with_generate: Linear cannot generate" in message
+
+
+def test_generation_ends_with_what_the_labels_end_with() -> None:
+    special, newline, text = {7, 8, 9}, 5, 3
+    labels = torch.tensor(
+        [[-100, text, text, 7, newline], [-100, -100, text, 8, -100], [text, 9, text, text, text], [-100] * 5]
+    )
+    assert learned_ends(labels, special, -100) == {7, 8}
+
+
+def generated_ends(ranks: Ranks, tiny_dir: Path) -> list[Any]:
+    """What ends generation where the checkpoint knows of token 2 alone."""
+    engine, seen = make_engine(tiny_dir), []
+    engine.module.generation_config.eos_token_id = 2
+    generate = engine.module.generate
+
+    def watched(**kwargs: Any) -> Any:
+        seen.append(kwargs["generation_config"].eos_token_id)
+        return generate(**kwargs)
+
+    engine.module.generate = watched
+    make_evaluator(ranks, tiny_dir, [Questions("few", 1)], engine).run(0)
+    return seen
+
+
+def test_the_checkpoints_own_idea_of_an_end_does_not_decide_alone(tiny_dir: Path) -> None:
+    im_end = load_processor(str(tiny_dir), ENTRY).tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for seen in run_ranks(generated_ends, 2, tiny_dir):  # one rank has no labels at all
+        assert seen == [sorted({2, im_end})]

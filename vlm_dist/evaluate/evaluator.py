@@ -7,7 +7,6 @@ gradients and the engine's state.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import deque
@@ -27,7 +26,8 @@ from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef, Source
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
-from vlm_dist.errors import DataError, ModelError
+from vlm_dist.evaluate.generation import also_end_with, greedy_config, learned_ends, special_ids
+from vlm_dist.evaluate.predictions import Prediction, normalise_answer, write_predictions
 from vlm_dist.model.checkpointing import base_model
 
 if TYPE_CHECKING:
@@ -45,20 +45,6 @@ class Pool(Protocol):
         """Something whose `result()` is the job's `MicroBatch`."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One generated answer."""
-
-    index: int  # row of the source: the order of the file
-    source: str
-    shard: str
-    key: str
-    prompt: str
-    prediction: str
-    reference: str
-    match: bool
-
-
 @dataclass
 class _Tally:
     """What one rank found in one source."""
@@ -67,6 +53,7 @@ class _Tally:
     num_target_tokens: int = 0
     num_samples: int = 0
     num_skipped: int = 0
+    ends: set[int] = field(default_factory=set)  # special tokens that labels end with
     predictions: list[Prediction] = field(default_factory=list)
 
 
@@ -122,9 +109,15 @@ class Evaluator:
             shuffle=False,
         )
         self._plans = [Plan([source], [1.0], settings) for source in sources]
+        self._special_ids: frozenset[int] = frozenset()
         self._generation: dict[str, Any] = {}
         if generation_pool is not None:
-            self._generation = self._generation_arguments(max_new_tokens)
+            config = greedy_config(base_model(engine.module), tokenizer, max_new_tokens)
+            # Under ZeRO-3 each of generate's forwards is a collective: a rank that has finished goes on with the
+            # others. Below, ranks finish independently. `synced_gpus` is decided here, not by transformers' state.
+            synced = engine.zero_stage == 3 and ranks.world_size > 1
+            self._generation = {"generation_config": config, "synced_gpus": synced}
+            self._special_ids = special_ids(tokenizer)
 
     def run(self, position: int) -> dict[str, float]:
         """Evaluate now. Collective: every rank calls this.
@@ -155,6 +148,7 @@ class Evaluator:
                 metrics[f"{name}/num_samples"] = tally.num_samples
                 metrics[f"{name}/num_skipped"] = tally.num_skipped
                 if self._generation_pool is not None:
+                    also_end_with(self._generation["generation_config"], tally.ends)
                     answers = sorted(self._ranks_tally(self._generate(number)).predictions, key=lambda p: p.index)
                     matches = sum(answer.match for answer in answers)
                     metrics[f"{name}/exact_match"] = matches / len(answers) if answers else math.nan
@@ -172,6 +166,7 @@ class Evaluator:
                 outputs = self._engine.module(**self._on_device(batch.inputs), use_cache=False)
             sums.append((_order(batch.job), outputs["loss"]))
             tally.num_target_tokens += batch.num_target_tokens
+            tally.ends |= learned_ends(batch.labels, self._special_ids, self._ignore_index)
             tally.num_samples += batch.num_samples
             tally.num_skipped += sum(slot.null_class != "tail" for slot in batch.null_slots)
             if self._quarantine is not None:
@@ -242,42 +237,9 @@ class Evaluator:
             total.num_target_tokens += tally.num_target_tokens
             total.num_samples += tally.num_samples
             total.num_skipped += tally.num_skipped
+            total.ends |= tally.ends
             total.predictions += tally.predictions
         return total
-
-    def _generation_arguments(self, max_new_tokens: int) -> dict[str, Any]:
-        """Greedy decoding, whatever the checkpoint's own generation_config says."""
-        from transformers import GenerationConfig
-
-        model = base_model(self._engine.module)
-        if not hasattr(model, "generate") or self._tokenizer is None:
-            raise ModelError(
-                f"train.predict_with_generate: {type(model).__name__} cannot generate; set it to false "
-                "to evaluate by the loss alone"
-            )
-        own = model.generation_config
-        eos = own.eos_token_id if own.eos_token_id is not None else self._tokenizer.eos_token_id
-        first_eos = eos[0] if isinstance(eos, list | tuple) else eos
-        pad = next((i for i in (own.pad_token_id, self._tokenizer.pad_token_id, first_eos) if i is not None), None)
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            min_new_tokens=None,
-            max_new_tokens=max_new_tokens,
-            bos_token_id=own.bos_token_id,
-            eos_token_id=eos,
-            pad_token_id=pad,
-            use_cache=own.use_cache is not False,  # in training it is off; here only where a model cannot
-        )
-        # Under ZeRO-3 each of generate's forwards is a collective: a rank that has finished goes on with the others.
-        # Below, ranks finish independently. `synced_gpus` is decided here, not by transformers' global state.
-        synced = self._engine.zero_stage == 3 and self._ranks.world_size > 1
-        return {"generation_config": config, "synced_gpus": synced}
 
     def _on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         device, dtype = self._engine.device, self._engine.compute_dtype
@@ -295,12 +257,7 @@ class Evaluator:
         """Write the predictions on rank 0, atomically. Collective: every rank calls this."""
         with agree_on_failure(self._ranks):
             if self._predictions_dir is not None and self._ranks.is_main:
-                _write_jsonl(self._predictions_dir / f"step-{position}.jsonl", predictions)
-
-
-def normalise_answer(text: str) -> str:
-    """The form in which answers are compared: case folded, white space collapsed, ends stripped."""
-    return " ".join(text.casefold().split())
+                write_predictions(self._predictions_dir / f"step-{position}.jsonl", predictions)
 
 
 @contextmanager
@@ -349,16 +306,3 @@ def _indices(batch: MicroBatch, source: Source) -> list[int]:
 
 def _distinct(names: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names)]
-
-
-def _write_jsonl(path: Path, predictions: Sequence[Prediction]) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            for prediction in predictions:
-                fields = {key: value for key, value in vars(prediction).items() if key != "index"}
-                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write the predictions to {path}: {error}") from error
