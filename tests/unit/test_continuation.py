@@ -54,6 +54,17 @@ def test_another_adapter_is_refused_with_all_that_differs(
     assert "peft.towers.vision: 'lora' in the checkpoint, now 'freeze'" in str(error.value)
 
 
+def test_another_model_or_other_new_tokens_are_refused(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "model.model_classes={model: {processor_params: {new_special_tokens: ['<a>']}}}"
+    for override in ("model.processor_params.new_special_tokens=['<a>']", own):
+        with pytest.raises(CheckpointError, match=r"processor_params\.new_special_tokens: .*now \['<a>'\]"):
+            continued(run_file, tmp_path, monkeypatch, override)
+    (notice,) = continued(run_file, tmp_path, monkeypatch, "model.processor_params.max_pixels=50176")
+    assert notice == "model.processor_params.max_pixels: None in the checkpoint, now 50176"
+
+
 def test_a_signature_made_anew_is_no_difference_and_no_secret_is_told(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

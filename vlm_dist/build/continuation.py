@@ -97,12 +97,17 @@ def check_continuation(config: RunConfig, checkpoint: Checkpoint, plan: Plan) ->
             run ends before the checkpoint.
     """
     told = []
+    # before the order: that of another model, or of another processor, is another one, too
+    differences = check_config(config, checkpoint)
     try:
         plan.check_state(checkpoint.info["plan"], read_contents(checkpoint.path.parent))
     except CheckpointError as error:
         if "data" not in config.train.resume_anyway:
+            cause = "".join(f"\n  {line}" for line in differences if ".processor_params." in line)
+            told_first = f"the processor's parameters differ, on which lengths depend:{cause}\n" if cause else ""
             raise CheckpointError(
-                f"{error}; or go on all the same with train.resume_anyway=[data]: samples may be repeated or left out"
+                f"{told_first}{error}; or go on all the same with train.resume_anyway=[data]: samples may be "
+                "repeated or left out"
             ) from error
         told.append(
             f"train.resume_anyway has data: the run goes on at step {checkpoint.step} of another order, in which "
@@ -111,7 +116,7 @@ def check_continuation(config: RunConfig, checkpoint: Checkpoint, plan: Plan) ->
         )
     check_end(checkpoint, plan)
     length = _describe_length(config, checkpoint, plan)
-    return [*told, *check_config(config, checkpoint), *([length] if length is not None else [])]
+    return [*told, *differences, *([length] if length is not None else [])]
 
 
 def _describe_length(config: RunConfig, checkpoint: Checkpoint, plan: Plan) -> str | None:
@@ -136,6 +141,7 @@ FIXED = (
     "model_id",
     *(f"peft.{key}" for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")),
     *(f"peft.{key}" for key in ("modules_to_save", "quantization", "towers")),
+    "model.processor_params.new_special_tokens",
 )
 #: What says where and how far to run, and changes nothing of what is learned.
 FREE = (
@@ -157,9 +163,13 @@ def check_config(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     written = yaml.safe_load(checkpoint.resolved_config) or {}
     saved = _flat(without_secrets(written))  # a signature that was made anew is no difference
     now = _flat(yaml.safe_load(config.to_yaml()))
-    differing = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
-    lines = {key: f"{key}: {saved[key]!r} in the checkpoint, now {now[key]!r}" for key in differing}
-    fixed = [lines[key] for key in differing if _is_within(key, FIXED)]
+    own = f"model.model_classes.{config.model_id}.processor_params"
+    compared = saved.keys() & now.keys()  # what another version did not know has not been changed
+    compared |= {key for key in saved.keys() | now.keys() if _is_within(key, ("model.processor_params", own))}
+    differing = [key for key in sorted(compared) if saved.get(key) != now.get(key)]
+    lines = {key: f"{key}: {saved.get(key)!r} in the checkpoint, now {now.get(key)!r}" for key in differing}
+    always = (*FIXED, f"{own}.new_special_tokens")
+    fixed = [lines[key] for key in differing if _is_within(key, always)]
     if fixed and "model" in config.train.resume_anyway:
         fixed[0] = f"train.resume_anyway has model: the weights were learned with another one. {fixed[0]}"
     elif fixed:
@@ -169,7 +179,7 @@ def check_config(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
             + "\nrestore the values of the checkpoint, or start a new run in another train.output_dir; or go on "
             "all the same with train.resume_anyway=[model]: the weights were learned with what the checkpoint has"
         )
-    return [*fixed, *(lines[key] for key in differing if not _is_within(key, (*FREE, *FIXED)))]
+    return [*fixed, *(lines[key] for key in differing if not _is_within(key, (*FREE, *always)))]
 
 
 def _is_within(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -22,6 +22,7 @@ from vlm_dist.errors import ConfigError, DataError, ModelError
 from vlm_dist.families import Family, check_attention, choose_family
 from vlm_dist.model import load_processor, load_rope_index
 from vlm_dist.model.checkpoint_files import native_class_name
+from vlm_dist.model.class_checks import naming_what_belongs
 from vlm_dist.trainer import Cadence
 
 #: With fewer, packs are hard to balance and far from full.
@@ -142,10 +143,13 @@ def make_materialisers(
             loading = config.model.loading_for(config.model_id)
             rope_positions = load_rope_index(config.model_id, loading.revision, loading.trust_remote_code)
 
+    revision = config.model.loading_for(config.model_id).revision
+
     def materialiser(sources: list[Source], for_generation: bool = False) -> Materialiser:
-        return Materialiser(
-            sources, processor, family, config.collator, towers, config.train.seed, for_generation, rope_positions
-        )
+        with naming_what_belongs(processor, config.model_entry, family.name, config.model_id, revision):
+            return Materialiser(
+                sources, processor, family, config.collator, towers, config.train.seed, for_generation, rope_positions
+            )
 
     return ByPurpose(
         {

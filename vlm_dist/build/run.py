@@ -171,7 +171,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
 
         ranks.leave_if_asked()
         # Model: its start depends on the seed alone, or on what it is told to start from; then wrapped.
-        begin = open_starting_point(config.peft, ranks) if checkpoint is None else None
+        begin = open_starting_point(config.peft, ranks, processor) if checkpoint is None else None
         merge = _ds_merger(config, ds_json, ranks)
         model, num_trainable = make_model(config, merge(None)[0], processor, ranks, log.message)
         ranks.leave_if_asked()

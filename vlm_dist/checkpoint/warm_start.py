@@ -7,6 +7,7 @@ adapter is not rounded on its way. Nothing of the run that made it is continued:
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlm_dist.checkpoint.adapter import saved_names
+from vlm_dist.checkpoint.earlier_tokens import check_new_tokens
 from vlm_dist.checkpoint.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
 from vlm_dist.config import PeftConfig
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine, NamedState, TrainableState
 from vlm_dist.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 #: What makes the adapter's function; the keys have the same names in PEFT's file and in peft_config.yaml.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias")
@@ -71,6 +75,8 @@ class StartingPoint:
             )
         try:
             config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")) if has_adapter else None
+            if not isinstance(config, dict | None):
+                raise ValueError(f"{ADAPTER_CONFIG} holds a {type(config).__name__}, expected a mapping")
             point = cls(path, config, {})
             with safe_open(point.file, framework="pt") as file:
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -122,34 +128,51 @@ class StartingPoint:
         names = saved_names(model, trained)
         stray = sorted(set(self.shapes) - set(names))
         lacking = sorted(key for key, name in names.items() if ".lora_" in name and key not in self.shapes)
+        where = f"peft.adapter: {self._other_base(model)}{self.path}"
         if stray:
             raise ConfigError(
-                f"peft.adapter: {self.path} holds {len(stray)} of {len(self.shapes)} weights that this run does not "
+                f"{where} holds {len(stray)} of {len(self.shapes)} weights that this run does not "
                 f"train, e.g. {stray[0]}: the result would lack them. {self._advice()}"
             )
         if lacking:
             raise ConfigError(
-                f"peft.adapter: {self.path} lacks {len(lacking)} LoRA weights of this run, e.g. {lacking[0]}. "
-                f"{self._advice()}"
+                f"{where} lacks {len(lacking)} LoRA weights of this run, e.g. {lacking[0]}. {self._advice()}"
             )
         for key, shape in self.shapes.items():
             parameter = trained[names[key]]
             ours = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if shape != ours:
-                raise ConfigError(f"peft.adapter: {self.path}: {key} has shape {shape}, in the model it has {ours}")
+                raise ConfigError(f"{where}: {key} has shape {shape}, in the model it has {ours}{_rows(shape, ours)}")
+        if other := self._other_base(model):
+            log.warning("peft.adapter: %sIts weights fit; if the two are not the same, its start is noise", other)
         return {key: names[key] for key in self.shapes}
 
     def read(self) -> dict[str, Tensor]:
         """The tensors in float32, by key of the file.
 
         Raises:
-            CheckpointError: the file cannot be read, or a tied weight has two values.
+            CheckpointError: the file cannot be read, or holds values that are no numbers.
         """
         try:
             with safe_open(self.file, framework="pt") as file:
-                return {key: file.get_tensor(key).float() for key in self.shapes}
+                tensors = {key: file.get_tensor(key).float() for key in self.shapes}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"peft.adapter: {self.file} cannot be read: {error}") from error
+        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise CheckpointError(
+                f"peft.adapter: {self.file} holds NaN or infinity in {len(broken)} of {len(tensors)} weights, e.g. "
+                f"{broken[0]}: the run that wrote it had diverged; start from an earlier checkpoint of it"
+            )
+        return tensors
+
+    def _other_base(self, model: Any) -> str:
+        """A sentence where the adapter says that it was trained on another model; directories may have moved."""
+        theirs = (self.config or {}).get("base_model_name_or_path")
+        ours = getattr(model, "name_or_path", None)
+        if not theirs or not ours or Path(str(theirs)).name == Path(str(ours)).name:
+            return ""
+        return f"it was trained on {theirs}, but this run's model is {ours}. "
 
     def _advice(self) -> str:
         """What of peft_config.yaml has to fit, in the adapter's own words."""
@@ -165,18 +188,34 @@ class StartingPoint:
         )
 
 
-def open_starting_point(settings: PeftConfig, ranks: Ranks) -> StartingPoint | None:
+def _rows(theirs: tuple[int, ...], ours: tuple[int, ...]) -> str:
+    """What a matrix of the vocabulary with another number of rows means."""
+    if len(ours) != 2 or theirs[1:] != ours[1:]:
+        return ""
+    return (
+        "; if this is the vocabulary, processor_params.new_special_tokens must list the tokens of the run that made "
+        "it, in its order"
+    )
+
+
+def open_starting_point(settings: PeftConfig, ranks: Ranks, processor: Any) -> StartingPoint | None:
     """Look at `peft.adapter`, before the model is loaded. Collective: every rank calls this; only rank 0 reads.
+
+    Args:
+        settings: peft_config.yaml.
+        ranks: this process among its peers.
+        processor: of this run.
 
     Raises:
         CheckpointError: on every rank: it cannot be read.
-        ConfigError: on every rank: it has another form than peft_config.yaml says.
+        ConfigError: on every rank: it has another form than peft_config.yaml says, or other new special tokens.
     """
     point = None
     with agree_on_failure(ranks):
         if ranks.is_main and settings.adapter is not None:
             point = StartingPoint.open(settings.adapter)
             point.check_settings(settings)
+            check_new_tokens(point, processor)
     shared: StartingPoint | None = ranks.broadcast_object(point)
     return shared
 

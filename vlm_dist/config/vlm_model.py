@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,7 +101,8 @@ class VlmModelConfig(Section):
         if not directory.is_dir():
             if _looks_like_a_path(model_id):
                 raise ConfigError(f"no such model directory: {model_id}")
-            raise ConfigError(_missing_entry(model_id, "YourModelClass", "YourProcessorClass"))
+            missing = _missing_entry(model_id, "YourModelClass", "YourProcessorClass")
+            raise ConfigError("\n".join([*_near_directory(directory), missing]))
         architecture = _architecture(directory)
         if architecture is None:
             raise ConfigError(f"{model_id} is not a model directory: no config.json with architectures in it")
@@ -129,6 +131,16 @@ def _given(section: Section | None) -> dict[str, Any]:
 
 def _looks_like_a_path(model_id: str) -> bool:
     return model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
+
+
+def _near_directory(directory: Path) -> list[str]:
+    """A line for a name that is no hub id, since the directory that would hold it is there."""
+    if directory.parent == Path() or not directory.parent.is_dir():
+        return []
+    there = sorted(entry.name for entry in directory.parent.iterdir() if entry.is_dir())
+    nearest = difflib.get_close_matches(directory.name, there, n=1)
+    mean = f"; did you mean {directory.parent / nearest[0]}?" if nearest else ""
+    return [f"there is no directory {directory}{mean}"]
 
 
 def _missing_entry(model_id: str, model_class: str, processor_class: str) -> str:

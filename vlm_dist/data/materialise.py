@@ -119,7 +119,7 @@ class Materialiser:
         check_labels(collator_config, family)
         self._video_libraries = choose_video_libraries(collator_config)
         self._renderer = Renderer(processor, family)
-        check_messages(self._renderer, self._builder)
+        check_messages(self._renderer, self._builder, towers)
         self._encoder = Encoder(processor, family)
         if collator_config.label_masking.mask_input_tokens and not self._encoder.finds_answers:
             raise ModelError(

@@ -12,6 +12,7 @@ from vlm_dist.model.conversion import converter_of
 from vlm_dist.model.loading_errors import translated
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 #: Files whose `auto_map` may name the class, by the role of the class.
 _AUTO_MAP_FILES = {
     "model_class": ("config.json",),
@@ -48,6 +49,16 @@ def read_json(model_id: str, file_name: str, revision: str | None = None) -> dic
             f"{model_id}: could not read {path}, which is not valid JSON: {error}. Copy it again."
         ) from error
     return content if isinstance(content, dict) else {}
+
+
+def check_json_files(model_id: str, revision: str | None) -> None:
+    """Name a file of a processor that is no JSON: libraries say where in the text, but not in which file.
+
+    Raises:
+        ModelError: one is damaged.
+    """
+    for file_name in (*_PROCESSOR_FILES, *_TOKENIZER_FILES):
+        read_json(model_id, file_name, revision)
 
 
 def fetch_weights(model_id: str, revision: str | None) -> None:

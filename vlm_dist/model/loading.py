@@ -16,7 +16,15 @@ import torch
 from torch import nn
 
 from vlm_dist.errors import ConfigError, ModelError
-from vlm_dist.model.checkpoint_files import fetch_weights, native_class_name, read_json
+from vlm_dist.model.checkpoint_files import check_json_files, fetch_weights, native_class_name, read_json
+from vlm_dist.model.class_checks import (
+    check_is_model,
+    check_is_processor,
+    check_model_type,
+    check_no_adapter,
+    check_sizes_fit,
+    check_type_is_known,
+)
 from vlm_dist.model.conversion import converter_of, native_directory
 from vlm_dist.model.loading_errors import check_present, is_local, translated
 from vlm_dist.model.patch_embedding import use_matrix_products
@@ -87,6 +95,7 @@ def load_processor(
     revision = params.pop("revision", None) or _as_dict(loading_params).get("revision")
     found = _find(model_id, entry, "processor_class", trust_remote_code, revision)
     model_id, revision, processor_class = found.source, found.revision, found.loaded_by
+    check_sizes_fit(params, model_id, revision)
     own, of_parts = split_processor_params(processor_class, params)
     try:
         with translated(model_id, revision, "load the processor of"):
@@ -96,6 +105,7 @@ def load_processor(
                 model_id, trust_remote_code=trust_remote_code, revision=revision or "main", **own
             )
     except ModelError as error:
+        check_json_files(model_id, revision)
         belongs = native_class_name(model_id, "processor_class", revision)
         if belongs in (None, processor_class.__name__):
             raise
@@ -103,8 +113,9 @@ def load_processor(
             f"{model_id} belongs to {belongs}, but model_classes names processor_class: {processor_class.__name__}; "
             f"set processor_class: {belongs} ({error})"
         ) from error
+    check_is_processor(processor, processor_class, model_id, revision)
     # a text that is longer than the tokenizer thinks is cut or skipped, and told
-    getattr(processor, "tokenizer", processor).deprecation_warnings[_LENGTH_WARNING] = True
+    processor.tokenizer.deprecation_warnings[_LENGTH_WARNING] = True
     apply_processor_params(processor, of_parts, model_id)
     processor = Phi3VisionProcessor(processor) if is_phi3_vision(processor_class) else processor
     add_special_tokens(processor, new_special_tokens)
@@ -140,7 +151,7 @@ def load_model(
         logger.info("device_map %r is not used: under DeepSpeed the engine places the model", params["device_map"])
     found = _find(model_id, entry, "model_class", trust_remote_code, revision)
     model_id, revision, model_class = found.source, found.revision, found.loaded_by
-    _check_model_type(model_class, model_id, entry, revision)
+    check_model_type(model_class, model_id, entry, revision)
     rest = {key: value for key, value in params.items() if key not in _OWN_KEYS}
     remote = is_remote(model_class)
     if remote:
@@ -153,8 +164,9 @@ def load_model(
             trust_remote_code=trust_remote_code,
             revision=revision or "main",
             output_loading_info=True,
-            **rest,
+            **({"ignore_mismatched_sizes": True} | rest),  # they are told below, by name
         )
+    check_is_model(type(model), model_id, revision)
     _check_complete(model, model_id, info)
     if remote:
         with translated(model_id, revision, "compute the buffers of"):
@@ -200,10 +212,19 @@ def _find(
 
     is_model = role == "model_class"
     model_id = str(Path(model_id).expanduser()) if model_id.startswith("~") else model_id
+    if is_model and is_local(model_id):
+        check_no_adapter(model_id, revision)
     if not is_local(model_id) or not (Path(model_id) / "config.json").is_file():
         check_present(model_id, revision, weights=is_model, processor=not is_model)
-    converter = converter_of(read_json(model_id, "config.json", revision).get("model_type"))
+    config = read_json(model_id, "config.json", revision)
+    converter = converter_of(config.get("model_type"))
+    if converter is None:
+        check_type_is_known(config, entry, model_id)
+    if is_model and not is_local(model_id):
+        check_no_adapter(model_id, revision)
     loaded_by = resolve_class(entry, role, model_id, trust_remote_code=trust, revision=revision)
+    if is_model:
+        check_is_model(loaded_by, model_id, revision)
     if converter is not None:
         native = getattr(transformers, converter.model_class if is_model else converter.processor_class)
         if loaded_by is native or loaded_by.__name__.startswith("Auto"):
@@ -220,28 +241,16 @@ def _as_dict(params: LoadingParams | ProcessorParams | Mapping[str, Any] | None)
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _check_model_type(model_class: type[Any], model_id: str, entry: ModelClassEntry, revision: str | None) -> None:
-    """Refuse a checkpoint of another architecture: transformers only warns, and starts from random weights."""
-    expected = getattr(getattr(model_class, "config_class", None), "model_type", None)
-    if not expected:
-        return  # an Auto class, which goes by the checkpoint's own type
-    config = read_json(model_id, "config.json", revision)
-    found = config.get("model_type")
-    if found is None or found == expected:
-        return
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NATIVE
-
-    names = NATIVE.get(found)
-    name = names[0] if isinstance(names, tuple | list) else names
-    hint = f"Its class is {name}" if name else f"Its own class is among {config.get('architectures')}"
-    raise ModelError(
-        f"{model_id}: the checkpoint is a {found!r}, but model_class {entry.model_class or model_class.__name__} loads "
-        f"{expected!r}. {hint}; correct model_class and processor_class of this model in vlm_model_config.yaml."
-    )
-
-
 def _check_complete(model: nn.Module, model_id: str, info: Mapping[str, Any]) -> None:
     """Refuse newly initialised weights: training would go on with noise, and the loss would only look high."""
+    wrong = sorted(info.get("mismatched_keys") or ())
+    if wrong:
+        shown = "; ".join(f"{name} is {list(found)}, expected {list(own)}" for name, found, own in wrong[:3])
+        raise ModelError(
+            f"{model_id}: {len(wrong)} weights of the checkpoint have another shape than in {type(model).__name__} as "
+            f"its config.json describes it: {shown}{'; …' if wrong[3:] else ''}. Copy the checkpoint again, with the "
+            "config.json that belongs to it."
+        )
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(set(info["missing_keys"]) - tied)
     if missing:

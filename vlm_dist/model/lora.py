@@ -180,7 +180,9 @@ def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
 
 def _no_match(patterns: Sequence[str], names: Sequence[str], where: str) -> str:
     ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-    nearest = [match for pattern in patterns for match in difflib.get_close_matches(pattern, ends, n=1)]
+    nearest = [
+        match for pattern in patterns for match in difflib.get_close_matches(pattern, [*ends, "all-linear"], n=1)
+    ]
     mean = f" Did you mean {', '.join(sorted(set(nearest)))}?" if nearest else ""
     example = f" A full name is {names[0]!r}; ends that exist: {', '.join(ends)}." if names else ""
     return f"peft.target_modules: {', '.join(map(repr, patterns))} matches {where}.{mean}{example}"

@@ -126,7 +126,7 @@ def _remake(part: Any, values: Mapping[str, Any], model_id: str) -> Any:
     known = {key: value for key, value in values.items() if key in _constructor_names(kind)}
     try:
         made = kind(**{**settings, **known})
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise ModelError(f"processor_params {values}: {kind.__name__} of {model_id} refuses them: {error}") from error
     for key in values.keys() - known.keys():  # an attribute that is no argument
         setattr(made, key, values[key])
@@ -157,6 +157,12 @@ def _order_pixel_bounds(part: Any, values: Mapping[str, Any], model_id: str) -> 
     size = getattr(part, "size", None)
     size = dict(size) if size else {}
     low, high = size.get("shortest_edge"), size.get("longest_edge")
+    for bound in (low, high):
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
+            raise ModelError(
+                f"processor_params {dict(values)}: {type(part).__name__} of {model_id} needs numbers of pixels, got "
+                f"{bound!r}"
+            )
     if not (low and high) or low <= high:
         return
     given = {**(values["size"] if isinstance(values.get("size"), Mapping) else {}), **values}
@@ -183,7 +189,7 @@ def _try_blank_image(part: Any, original: Any, values: Mapping[str, Any], model_
             part([np.zeros((4, 64, 64, 3), dtype=np.uint8)], do_sample_frames=False, return_tensors="pt")
         else:
             part([image], return_tensors="pt")
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ModelError(
             f"processor_params {dict(values)}: {type(part).__name__} of {model_id} cannot process an image with them: "
             f"{type(error).__name__}: {error} Its own size is {dict(getattr(original, 'size', None) or {})}."

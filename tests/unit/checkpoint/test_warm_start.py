@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from tests.unit.model.conftest import ALL_LORA, lora
 from tests.unit.model.zoo import kind, move, trained
 from vlm_dist.checkpoint import StartingPoint
+from vlm_dist.checkpoint.earlier_tokens import check_new_tokens
 from vlm_dist.errors import CheckpointError, ConfigError
-from vlm_dist.model import attach_adapter
+from vlm_dist.model import attach_adapter, load_processor, make_room_for_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -99,3 +101,63 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="cannot be read"):
         StartingPoint.open(tmp_path)
+    for content in ("[]", '"text"', "{"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"cannot be read|holds a (list|str), expected a mapping"):
+            StartingPoint.open(tmp_path)
+
+
+def test_values_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    made_by_peft(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors[min(tensors)][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"holds NaN or infinity in 1 of 8 weights, e.g. {min(tensors)}"):
+        StartingPoint.open(tmp_path).read()
+
+
+def test_an_adapter_of_another_model_says_so_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_by_peft(tmp_path)
+    other = attach_adapter(kind("llava").load(), lora(target_modules=["fc1"]), ALL_LORA)
+    with pytest.raises(ConfigError, match=r"adapter: it was trained on .*qwen2_vl, but this run's model is .*llava"):
+        StartingPoint.open(tmp_path).parameter_names(other)
+
+    same = attach_adapter(kind("qwen2_vl").load(), lora(**OURS), LANGUAGE)
+    StartingPoint.open(tmp_path).parameter_names(same)
+    assert not caplog.messages
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "Qwen/Another"}))
+    StartingPoint.open(tmp_path).parameter_names(same)
+    assert "it was trained on Qwen/Another" in caplog.text
+
+
+def processor_with(*tokens: str) -> Any:
+    one = kind("qwen2_vl")
+    return load_processor(str(one.directory), one.entry, {"new_special_tokens": list(tokens)})
+
+
+@pytest.mark.parametrize("place", ["adapter", "checkpoint-3"])
+def test_new_tokens_must_be_those_of_the_earlier_run(tmp_path: Path, place: str) -> None:
+    made_by_peft(tmp_path / place)
+    processor_with("<a>", "<b>").save_pretrained(tmp_path / "processor")
+    point = StartingPoint.open(tmp_path / place)
+    check_new_tokens(point, processor_with("<a>", "<b>"))
+    check_new_tokens(point, processor_with("<a>", "<b>", "<c>"))  # behind those of the earlier run
+    for tokens in (["<b>", "<a>"], ["<a>"], [], ["<c>", "<a>", "<b>"]):
+        with pytest.raises(ConfigError, match=r'new_special_tokens: \["<a>", "<b>"\]'):
+            check_new_tokens(point, processor_with(*tokens))
+
+
+def test_rows_of_the_vocabulary_that_nobody_explains_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_by_peft(tmp_path / "adapter", modules_to_save=["lm_head"])
+    point = StartingPoint.open(tmp_path / "adapter")
+    check_new_tokens(point, processor_with())
+    assert not caplog.messages
+    check_new_tokens(point, processor_with("<a>"))
+    assert "no processor/ stands beside it" in caplog.text
+
+    model = kind("qwen2_vl").load()
+    make_room_for_tokens(model, [model.get_input_embeddings().weight.shape[0]])
+    model = attach_adapter(model, lora(**OURS, modules_to_save=["lm_head"]), LANGUAGE)
+    with pytest.raises(ConfigError, match="new_special_tokens must list the tokens of the run that made it"):
+        point.parameter_names(model)

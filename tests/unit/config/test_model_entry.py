@@ -52,6 +52,13 @@ def test_a_local_directory_is_known_by_its_architecture(project: Project) -> Non
     assert project.load("model_id=./copy").model_entry.processor_class == "Qwen2VLProcessor"
 
 
+def test_a_misspelt_directory_is_told_with_the_near_one(project: Project) -> None:
+    local_model(project.root / "models" / "llava", config={"architectures": ["Qwen2VLForConditionalGeneration"]})
+    problems = "\n".join(project.problems("model_id=models/lava"))
+    assert "there is no directory models/lava; did you mean models/llava?\nmodel models/lava is not in" in problems
+    assert "directory" not in "\n".join(project.problems("model_id=org/lava"))
+
+
 def test_an_unknown_architecture_fills_the_lines_in(project: Project) -> None:
     model = local_model(
         project.root / "copy", config={"architectures": ["NewVLM"]}, preprocessor_config={"processor_class": "NewProc"}

@@ -38,7 +38,7 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
 #: Arguments of the processor itself.
 OWN = [
     ("internvl", {"image_seq_length": 9}),
-    ("llava", {"patch_size": 7}),
+    ("llava", {"num_additional_image_tokens": 3}),
     ("idefics3", {"image_seq_len": 9}),
     ("gemma3", {"image_seq_length": 9}),
 ]

@@ -135,6 +135,7 @@ def test_target_modules_by_end_of_name_and_by_regular_expression(
 @pytest.mark.parametrize(
     ("changes", "policy", "expected"),
     [
+        ({"target_modules": "all_linear"}, ALL_LORA, "Did you mean all-linear?"),
         ({"target_modules": ["q_prj"]}, ALL_LORA, "'q_prj' matches no linear layer of the model. Did you mean q_proj?"),
         ({"target_modules": ["q_proj", "wqkv"]}, ALL_LORA, "'wqkv' matches no linear layer"),
         ({"target_modules": "visual.*"}, LANGUAGE_ONLY, r"policy lora \(\['language'\]\)"),

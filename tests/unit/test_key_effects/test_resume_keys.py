@@ -32,6 +32,10 @@ def test_a_change_is_refused_unless_it_is_named(tiny_run: TinyRun, monkeypatch: 
 
     with pytest.raises(CheckpointError, match=r"train.resume_anyway=\[data\]: samples may be repeated or left out"):
         told()
+    with pytest.raises(CheckpointError, match=r"of another model or adapter:\n  peft.r: 8 in the checkpoint, now 4"):
+        told("peft.r=4")  # which changes no order, but another model does
+    with pytest.raises(CheckpointError, match=r"lengths depend:\n  model.processor_params.max_pixels: None .*\n"):
+        told("model.processor_params.max_pixels=50176")
     (line,) = told("train.resume_anyway=[data]")
     assert "goes on at step 3 of another order" in line
     assert "\n  seed: checkpoint 42, now 7" in line

@@ -48,8 +48,8 @@ class DummyRows:
         except SkipSample as skip:
             shown = ", ".join(f"{markers[kind]!r} for one {kind}" for kind in towers)
             raise ModelError(
-                f"the processor cannot make the smallest sample of all: {skip.message}. The text has {shown}: "
-                "model_classes.<model>.family.image_marker and video_marker say otherwise"
+                f"{type(encoder.processor).__name__} cannot make the smallest sample of all: {skip.message}. The text "
+                f"has {shown}: model_classes.<model>.family.image_marker and video_marker say otherwise"
             ) from skip
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:

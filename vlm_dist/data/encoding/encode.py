@@ -75,11 +75,12 @@ class Encoder:
     """Calls the processor on one sample at a time.
 
     Args:
-        processor: of the model.
+        processor: of the model; kept as `processor`, for messages.
         family: its row.
     """
 
     def __init__(self, processor: Any, family: Family) -> None:
+        self.processor = processor
         self._processor = quicken(processor)
         self._family = family
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -113,7 +114,7 @@ class Encoder:
         """
         try:
             data = self._call(rendered.text, images, clips, answer, do_resize)
-        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             # a systematic refusal shows when the materialiser encodes its dummies, before training
             message = f"the processor refuses the sample: {type(error).__name__}: {error}"
             raise SkipSample("bad_sample", message) from error

@@ -57,8 +57,12 @@ class Renderer:
         self._processor = processor
         tokenizer = getattr(processor, "tokenizer", processor)
         self._template: str | None = None  # the processor's own
+        #: Name of the family whose form is used, for a model without a chat template.
+        self.substitute_of: str | None = None
         if not getattr(processor, "chat_template", None):
-            self._template = getattr(tokenizer, "chat_template", None) or family.fallback_template
+            self._template = getattr(tokenizer, "chat_template", None)
+            if self._template is None and family.fallback_template is not None:
+                self._template, self.substitute_of = family.fallback_template, family.name
             if self._template is None:
                 raise ModelError(
                     f"{type(processor).__name__} has no chat template, and the family {family.name!r} has no other; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -109,17 +109,42 @@ def check_labels(config: VlmCollatorConfig, family: Family) -> None:
         )
 
 
-def check_messages(renderer: Renderer, builder: MessageBuilder) -> None:
-    """Check that the chat template takes the messages as they are configured.
+def check_messages(renderer: Renderer, builder: MessageBuilder, kinds: Collection[str]) -> None:
+    """Check that the chat template takes the messages as they are configured, and shows what media there are.
+
+    Args:
+        renderer: of the model's template.
+        builder: of the messages.
+        kinds: of media that the data has, "image" and "video".
 
     Raises:
         ConfigError: it refuses them, so it would refuse every sample.
+        ModelError: its text is the same with and without an image, which no processor takes.
     """
-    messages = builder.build(builder.empty_fields()).messages
+    if renderer.substitute_of is not None:
+        _tell_once(
+            f"the model has no chat template: messages are written in the form of the family {renderer.substitute_of} "
+            "(docs/models.md); if it was trained with another one, put a chat_template.jinja beside its tokenizer"
+        )
+    fields = builder.empty_fields()
+    messages = builder.build(fields).messages
     try:
-        renderer.render(messages)
+        plain = renderer.render(messages).text
+        shown = {
+            kind: renderer.render(builder.build(fields | {column: b""}).messages).text
+            for kind, column in builder.media_columns.items()
+            if kind in kinds
+        }
     except SkipSample as skip:
         raise ConfigError(f"message_format.training_messages: {skip.message}") from skip
+    for kind, text in shown.items():
+        if text == plain:
+            raise ModelError(
+                f"the model's chat template writes nothing in the place of an {kind}".replace("an video", "a video")
+                + f' (a part {{"type": "{kind}"}} of a message), so that no sample with one can be made: take the '
+                "chat_template.jinja of a model whose template does, as published by its makers, or switch "
+                f"data_processing.{kind}_data off"
+            )
 
 
 def choose_video_libraries(config: VlmCollatorConfig) -> tuple[str, ...]:
