@@ -162,7 +162,8 @@ def test_usr1_in_each_phase(phase: str, start: Callable[..., Command]) -> None:
         return
     assert "stopped by a signal at step" in command.output
     assert saved
-    assert ("the evaluation at step 2 is given up" in command.output) is (phase == "evaluation")
+    if phase != "saving":  # else the evaluation behind the save may have begun
+        assert ("the evaluation at step 2 is given up" in command.output) is (phase == "evaluation")
 
 
 def test_a_rank_that_hangs_and_one_that_is_killed_under_deepspeed(start: Callable[..., Command]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -231,7 +230,8 @@ def check_on_gpu(ranks: Ranks, run: TinyRun) -> str:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: tried 8 bytes")])
-def test_the_machines_own_memory_is_told_too(run: TinyRun, error: Exception, tmp_path: Path) -> None:
+def test_the_machines_own_memory_is_told_too(run: TinyRun, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.directory)
     config = load_run(run.config, [])
     guard = memory_check.MemoryGuard(config, 2, False, dict, torch.device("cpu"))
     with pytest.raises(ConfigError, match="out of memory: here"), guard.explaining("here"):
