@@ -29,7 +29,6 @@ HANG_SECONDS = 3.0
 @pytest.fixture(autouse=True)
 def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog_module, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(watchdog_module, "FIRST_USE_SECONDS", 0.0)
     monkeypatch.setattr(watchdog_module, "SILENCE_SECONDS", 2.0)
 
 

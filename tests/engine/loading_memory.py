@@ -19,6 +19,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from tests.engine import tiny
 from tests.ranks import Ranks, run_ranks
 from vlm_dist.engine import zero_init_context
+from vlm_dist.engine.host_memory import freed_memory_goes_back
 
 LAYERS = 8
 
@@ -94,7 +95,8 @@ def measure(directory: Path, world_size: int, stage: int = 3) -> list[dict[str, 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        base = save_base(Path(temporary), int(sys.argv[1]))
+        with freed_memory_goes_back():  # else the ranks, which are forked, would fill up what this has left in the heap
+            base = save_base(Path(temporary), int(sys.argv[1]))
         for number in map(int, sys.argv[2:]):
             for rank, got in enumerate(measure(Path(temporary), number)):
                 line = {

@@ -57,10 +57,17 @@ def describe_place(step: int, phase: str, samples: Sequence[str], num_samples: i
 
 
 class Progress:
-    """The newest mark of this process."""
+    """The newest mark of this process.
+
+    Attributes:
+        mark: where it is.
+        known_phases: those that it has been through; a first use may take longer than the others. Noted here and not
+            by who watches, since most phases come and go between two of its looks.
+    """
 
     def __init__(self) -> None:
         self.mark = Mark()
+        self.known_phases: set[str] = set()
         self._step_file = StepFile.from_environment()
 
     def at(self, phase: str, step: int | None = None, samples: Sequence[Any] = ()) -> None:
@@ -74,6 +81,7 @@ class Progress:
         before = self.mark
         if step is not None and step != before.step and self._step_file is not None:
             self._step_file.write(step)
+        self.known_phases.add(before.phase)
         self.mark = Mark(before.count + 1, before.step if step is None else step, phase, samples)
 
 

@@ -55,7 +55,6 @@ class Watchdog:
         self._end = end
         self._mark = ranks.progress.mark
         self._moved_at = self._looked_at = time.monotonic()
-        self._used: set[str] = set()  # phases that were done before
         self._parent = os.getppid() if ranks.topology.launcher in _PARENTS else None
         self._closing = threading.Event()
         self._beats = Heartbeats(ranks, self._own_age) if ranks.world_size > 1 else None
@@ -122,7 +121,6 @@ class Watchdog:
             return
         mark = self._ranks.progress.mark
         if mark is not self._mark:
-            self._used.add(self._mark.phase)
             self._mark, self._moved_at = mark, now
         if self._parent is not None and os.getppid() != self._parent:
             self._parent = None
@@ -130,11 +128,13 @@ class Watchdog:
         if self._beats is not None and self._beats.verdict is not None:
             self._finish(self._beats.verdict)
         elif mark.is_watched:
-            first = 0.0 if mark.phase in self._used else FIRST_USE_SECONDS
-            if now - self._moved_at > self._hang_seconds + first:
-                self._conclude(ExitCode.HANG, self._describe_hang())
-            elif self._beats is not None and now - self._moved_at > self._silence_seconds and self._is_alone(now):
+            stood_still = now - self._moved_at
+            first = 0.0 if mark.phase in self._ranks.progress.known_phases else FIRST_USE_SECONDS
+            # Asked first: a rank that is gone explains why this one stands still.
+            if self._beats is not None and stood_still > self._silence_seconds and self._is_alone(now):
                 self._conclude(ExitCode.DISTRIBUTED, f"error: {self._describe_gone(self._silence_seconds)}")
+            elif stood_still > self._hang_seconds + first:
+                self._conclude(ExitCode.HANG, self._describe_hang())
 
     def _is_alone(self, now: float) -> bool:
         """Whether a rank has left, or has been silent for so long that it is gone."""
