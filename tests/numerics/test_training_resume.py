@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2VLForConditionalGeneration
 
 from tests.numerics.finished_runs import assert_same_bits, checkpoints, figures, masters, train
-from tests.tiny_run import TinyRun, make_tiny_run
+from tests.tiny_run import ROOT, TinyRun, make_tiny_run
 from vlm_dist.build import make_materialisers, make_processor, open_sources_alone
 from vlm_dist.config import load_run
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, SampleRef
@@ -132,6 +132,12 @@ def test_the_adapter_is_what_was_trained(run: TinyRun, undisturbed: Path) -> Non
     assert size <= 16 * num_trainable + 1_000_000
 
 
+def slowed(run: TinyRun) -> dict[str, str]:
+    """An environment in which a step takes long enough for a signal to come in its midst."""
+    environment = run.environment() | {"FAULT": "slow:0:forward:0"}
+    return environment | {"PYTHONPATH": f"{ROOT / 'tests/e2e/preload_faults'}:{environment['PYTHONPATH']}"}
+
+
 def rank_processes(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks that a `deepspeed` command has started."""
     found = psutil.Process(launcher.pid).children(recursive=True)
@@ -140,7 +146,7 @@ def rank_processes(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def start_ranks(run: TinyRun, overrides: list[str]) -> list[subprocess.Popen[str]]:
     """Start two ranks as children of our own, as srun would, so that each one's exit code is seen."""
-    environment = run.environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    environment = slowed(run) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
             run.train_command(*overrides),
@@ -158,7 +164,7 @@ def wait_for_step(run: TinyRun, output_dir: str, beyond: int, process: subproces
     """Wait until a step after this position is in the log."""
     path = run.directory / output_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) <= beyond:
+    while not path.exists() or len(run.metrics(output_dir)) <= beyond:
         assert process.poll() is None, f"ended before step {beyond + 1}:\n{process.communicate()[0][-4000:]}"
         assert time.monotonic() < deadline, f"step {beyond + 1} did not come"
         time.sleep(0.01)
@@ -191,7 +197,7 @@ def test_preempted_three_times(run: TinyRun, undisturbed: Path) -> None:
         launcher = subprocess.Popen(
             run.train_command(*overrides, processes=2),
             cwd=run.directory,
-            env=run.environment(),
+            env=slowed(run),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -4,11 +4,15 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 
 def act(what: str) -> None:
-    """Do it, once per run."""
+    """Do it, once per run; "slow" each time."""
+    if what == "slow":
+        time.sleep(0.3)
+        return
     if what != "crash-always":
         try:
             Path(f"{os.environ['FAULT_RUN']}.fault").touch(exist_ok=False)
