@@ -24,6 +24,7 @@ from vlm_dist.build.ending import collective_timeout, told_clearly
 from vlm_dist.build.lengths import describe_lengths, make_lengths
 from vlm_dist.build.memory_check import guard_memory, make_worst_case
 from vlm_dist.build.model import make_model
+from vlm_dist.build.parts import ds_merger, make_engine, make_evaluator, make_pool
 from vlm_dist.build.saving import make_saver
 from vlm_dist.checkpoint import (
     CheckpointStore,
@@ -37,10 +38,7 @@ from vlm_dist.config import RunConfig
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.ledger import SampleLedger
 from vlm_dist.data.plan.contents import write_contents
-from vlm_dist.data.purposes import PurposePool
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.types import MicroBatch, MicroBatchJob, Source
-from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.distributed.collectives import compare_collectives
 from vlm_dist.distributed.environment import resolve_topology
@@ -48,20 +46,11 @@ from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks, init_process_groups, shut_down
 from vlm_dist.distributed.patience import long_work
 from vlm_dist.distributed.signals import AskedToStop, StopRequest
-from vlm_dist.engine import (
-    Engine,
-    NonfiniteSteps,
-    load_deepspeed_json,
-    merge_deepspeed_config,
-    prepare_deepspeed,
-    prepare_native_ops,
-)
+from vlm_dist.engine import NonfiniteSteps, load_deepspeed_json, prepare_deepspeed, prepare_native_ops
 from vlm_dist.errors import ExitCode
-from vlm_dist.evaluate import Evaluator
-from vlm_dist.model import check_quantization, prepare_checkpoint, tower_namer, tower_rates
+from vlm_dist.model import check_quantization, prepare_checkpoint, tower_namer
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.logging_setup import configure_logging
-from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
 from vlm_dist.trainer import Ending, Trainer
 
 
@@ -172,26 +161,14 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
         ranks.leave_if_asked()
         # Model: its start depends on the seed alone, or on what it is told to start from; then wrapped.
         begin = open_starting_point(config.peft, ranks, processor) if checkpoint is None else None
-        merge = _ds_merger(config, ds_json, ranks)
+        merge = ds_merger(config, ds_json, ranks)
         model, num_trainable = make_model(config, merge(None)[0], processor, ranks, log.message)
         ranks.leave_if_asked()
         started = begin.parameter_names(model) if begin is not None else {}
         ds_config, derived = merge(num_trainable)
         for value in derived:
             log.message(f"derived: {value}")
-        engine = Engine.initialise(
-            model,
-            lambda groups: make_optimizer(train_config, groups),
-            parameter_groups(
-                model,
-                train_config.weight_decay,
-                tower_rates(model, config.peft.towers_learning_rate.model_dump()),
-            ),
-            make_lr_schedule(train_config, plan.num_steps),
-            ds_config,
-            control_group=ranks.control,
-            report=log.message,
-        )
+        engine = make_engine(config, model, ds_config, plan.num_steps, ranks, log.message)
         stack.callback(engine.close)
         if checkpoint is not None:
             restore_checkpoint(checkpoint, engine, ranks)
@@ -268,60 +245,3 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
             log=log,
             publish_adapter=lambda: save_adapter(store, engine, ranks),
         )
-
-
-def _ds_merger(
-    config: RunConfig, ds_json: dict[str, Any], ranks: Ranks
-) -> Callable[[int | None], tuple[dict[str, Any], list[Any]]]:
-    """Merge DeepSpeed's config; the number of trainable parameters is known only when the model is loaded."""
-    num_nodes = max(1, ranks.world_size // ranks.topology.local_world_size)
-    return lambda num_trainable: merge_deepspeed_config(
-        ds_json,
-        per_device_train_batch_size=config.train.per_device_train_batch_size,
-        bf16=config.train.bf16,
-        fp16=config.train.fp16,
-        max_grad_norm=config.train.max_grad_norm,
-        world_size=ranks.world_size,
-        num_nodes=num_nodes,
-        num_trainable=num_trainable,
-    )
-
-
-def make_pool(config: RunConfig, materialise: Callable[[MicroBatchJob], MicroBatch], has_gpu: bool) -> WorkerPool:
-    """The data workers of this rank."""
-    gib = config.data.worker_memory_gib
-    return WorkerPool(
-        materialise,
-        config.train.dataloader_num_workers,
-        sample_timeout_seconds=config.data.sample_timeout_seconds,
-        max_memory_bytes=None if gib is None else int(gib * 2**30),
-        pin_memory=config.train.dataloader_pin_memory and has_gpu,
-    )
-
-
-def make_evaluator(
-    config: RunConfig,
-    ranks: Ranks,
-    engine: Engine,
-    sources: list[Source],
-    pool: WorkerPool,
-    processor: Any,
-    quarantine: Quarantine,
-) -> Evaluator | None:
-    """The held-out sources' evaluator; None where there are no such sources."""
-    if not sources:
-        return None
-    train_config = config.train
-    return Evaluator(
-        engine=engine,
-        ranks=ranks,
-        sources=sources,
-        pool=PurposePool(pool, "eval"),
-        per_device_eval_batch_size=train_config.per_device_eval_batch_size,
-        generation_pool=PurposePool(pool, "generate") if train_config.predict_with_generate else None,
-        tokenizer=getattr(processor, "tokenizer", processor),
-        max_new_tokens=train_config.generation_max_new_tokens,
-        predictions_dir=train_config.output_dir / "predictions",
-        ignore_index=config.collator.label_masking.ignore_index,
-        quarantine=quarantine,
-    )

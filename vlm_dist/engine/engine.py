@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from vlm_dist.engine.cpu_adam import use_cpu_adam
 from vlm_dist.engine.inspection import GradientInspector
 from vlm_dist.engine.merge import check_read_back
-from vlm_dist.engine.offloaded_sums import forget_sums, offloads
-from vlm_dist.engine.partitions import Partitions, is_bf16_optimizer
+from vlm_dist.engine.partitions import Partitions
 from vlm_dist.engine.rehearsal import Snapshot, held_bytes
 from vlm_dist.engine.replicated import initialise_replicated
 from vlm_dist.engine.resharding import Resharder
 from vlm_dist.engine.runtime import init_deepspeed_comm
 from vlm_dist.engine.secondary_shards import check_nothing_stale, check_secondary_shards, uses_secondary_shards
+from vlm_dist.engine.trainable_names import compute_dtype_of, trainable_names
 from vlm_dist.engine.trainable_state import TrainableState
+from vlm_dist.engine.zero_buffers import forget_gradients, forget_kept_gradients, round_masters_into_weights
 from vlm_dist.engine.zero_init import release_zero_init
-from vlm_dist.errors import ConfigError, ModelError
+from vlm_dist.errors import ConfigError
 from vlm_dist.loss import LabelledHead
 
 #: What DeepSpeed's dynamic loss scaler counts; all of it decides when the scale changes next.
@@ -143,8 +144,8 @@ class Engine:
             made = dist.new_group(backend="gloo")
             assert isinstance(made, dist.ProcessGroup)
             control_group = made
-        compute_dtype = _compute_dtype(ds_config)
-        names = _trainable_names(model, param_groups, compute_dtype)
+        compute_dtype = compute_dtype_of(ds_config)
+        names = trainable_names(model, param_groups, compute_dtype)
         base_learning_rates: list[float] = []
 
         def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -242,7 +243,7 @@ class Engine:
         self._deepspeed.step()
         applied = bool(self._deepspeed.was_step_applied())
         self._num_updates += applied
-        self._zero_partitioned_gradients()
+        forget_kept_gradients(self._zero, self.zero_stage)
         if self._is_hpz_on_trial and applied:
             check_nothing_stale((p for p in self.module.parameters() if p.requires_grad), self._control_group)
             self._is_hpz_on_trial = False
@@ -256,14 +257,7 @@ class Engine:
 
     def zero_gradients(self) -> None:
         """Forget what was accumulated since the last step, as if backward had not been called."""
-        self._zero.zero_grad(set_to_none=True)
-        if is_bf16_optimizer(self._zero):
-            self._zero.clear_hp_grads()
-        elif self.zero_stage in (1, 2):
-            self._zero._release_preflattened_grad_buffers()
-            for gradients in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
-                gradients.update(dict.fromkeys(gradients))
-        self._zero_partitioned_gradients()
+        forget_gradients(self._zero, self.zero_stage)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -286,7 +280,7 @@ class Engine:
         snapshot.put_back()
         self._num_updates = num_updates
         self.zero_gradients()
-        self._refresh_model_weights()
+        round_masters_into_weights(self._zero, self.zero_stage)
 
     def held_bytes(self) -> dict[str, int]:
         """What this rank holds between steps, by part: weights, float32 masters, moments."""
@@ -345,7 +339,7 @@ class Engine:
                 setattr(self._dynamic_loss_scaler, key, value)
         self._num_updates = step
         self.zero_gradients()
-        self._refresh_model_weights()
+        round_masters_into_weights(self._zero, self.zero_stage)
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers. Local: a rank that fails may call it alone."""
@@ -363,62 +357,3 @@ class Engine:
             return value
         dtype = self.compute_dtype if value.is_floating_point() else value.dtype
         return value.to(device=self.device, dtype=dtype, non_blocking=True)
-
-    def _zero_partitioned_gradients(self) -> None:
-        """Zero what DeepSpeed keeps of a gradient from step to step.
-
-        ZeRO-3 never zeroes a parameter's gradient partition: one that gets no gradient in the next step (a vision
-        adapter in a step of text) would silently be updated with this one's again.
-        """
-        if offloads(self._zero):
-            forget_sums(self._zero)
-        if self.zero_stage < 3:
-            return
-        self._zero.grad_partitions_flat_buffer.zero_()
-        for flat in self._zero.fp32_partitioned_groups_flat:
-            if flat.grad is not None:  # kept with optimizer offload
-                flat.grad.zero_()
-
-    @torch.no_grad()
-    def _refresh_model_weights(self) -> None:
-        """Round the masters into the weights that the model computes with. Collective."""
-        zero = self._zero
-        if self.zero_stage < 3:
-            zero.update_lp_params()
-            return
-        zero._partition_all_parameters()
-        for sub_group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if zero.persistent_parameters:  # small ones stay gathered between the steps
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-        zero.invalidate_secondary_tensor()
-
-
-def _compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
-    if ds_config["bf16"]["enabled"]:
-        return torch.bfloat16
-    return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
-
-
-def _trainable_names(
-    model: nn.Module, param_groups: Sequence[Mapping[str, Any]], compute_dtype: torch.dtype
-) -> dict[int, str]:
-    """`id(parameter)` -> name; checks that the groups hold exactly the trainable parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not names:
-        raise ModelError("no parameter is trainable; check peft_config.yaml: target_modules and the tower policy")
-    grouped = [id(parameter) for group in param_groups for parameter in group["params"]]
-    forgotten = [name for key, name in names.items() if key not in set(grouped)]
-    if forgotten or len(set(grouped)) != len(grouped) or set(grouped) - set(names):
-        raise ModelError(
-            f"the optimizer's groups are not the {len(names)} trainable parameters: {len(forgotten)} missing "
-            f"{forgotten[:1]}, {len(grouped) - len(set(grouped))} twice, {len(set(grouped) - set(names))} frozen"
-        )
-    if compute_dtype is torch.float32:
-        wrong = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
-        if wrong:
-            raise ModelError(
-                "bf16 and fp16 are false in train_config.yaml, but the model was loaded in "
-                f"{', '.join(sorted(wrong))}; set loading_params.torch_dtype: float32, or bf16: true"
-            )
-    return names

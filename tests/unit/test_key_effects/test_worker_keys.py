@@ -7,7 +7,7 @@ import time
 from tests.unit.data.test_workers_faults import HANGS_ONCE, Decoder, job, outcome
 from tests.unit.test_key_effects.conftest import Project
 from tests.unit.test_key_effects.registry import shows
-from vlm_dist.build.run import make_pool
+from vlm_dist.build.parts import make_pool
 
 
 @shows("data.sample_timeout_seconds")
