@@ -152,7 +152,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLM_DIST_CACHE", str(tmp_path_factory.mktemp("converted")))
         steps = {name: steps_of(subject(name)) for name in PRESENT}
-        yield steps, run_ranks(train_all, WORLD_SIZE, steps, ASKED, timeout_seconds=300)
+        for name in PRESENT:
+            subject(name).prepare()
+        yield steps, run_ranks(train_all, WORLD_SIZE, steps, ASKED, timeout_seconds=600)
 
 
 @pytest.mark.parametrize(("name", "stage"), [*ASKED, *ABSENT])

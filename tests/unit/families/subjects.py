@@ -16,7 +16,7 @@ from tests.unit.families.zoo.originals import ORIGINALS, OriginalCheckpoint
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, MicroBatchJob, SampleRef
 from vlm_dist.families import Family, family_for
-from vlm_dist.model import load_model, load_processor
+from vlm_dist.model import load_model, load_processor, prepare_checkpoint
 from vlm_dist.model.positions import load_rope_index
 
 ANSWERS_ALONE = {"mask_input_tokens": True}
@@ -103,6 +103,10 @@ class Subject:
     def load_model(self) -> Any:
         """The model once more, for what changes it."""
         return _load_model(self.name, self.directory)
+
+    def prepare(self) -> None:
+        """Convert it where that is needed, in the cache of now; ranks that share a model must not begin with that."""
+        prepare_checkpoint(str(self.directory), (CHECKPOINTS | ORIGINALS)[self.name].entry)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Logits [B, T, V]."""
