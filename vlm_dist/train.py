@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         from vlm_dist.config import load_run
 
         config = load_run(options.config, options.overrides)
+        settle_environment()
         # torch, transformers and DeepSpeed come in here, when the config is known to be good
         from vlm_dist.build import train
 
@@ -67,6 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(AT_ONCE, file=sys.stderr, flush=True)  # noqa: T201
         return 128 + signal.SIGINT
+
+
+def settle_environment() -> None:
+    """Set what the launcher has left open; before torch is imported, which reads some of it then."""
+    from vlm_dist.distributed.environment import resolve_topology
+    from vlm_dist.distributed.process_settings import settle
+
+    topology = resolve_topology(os.environ)
+    for line in settle(os.environ, topology):
+        if topology.local_rank == 0:
+            print(f"notice: {line}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def tell(error: VlmDistError, *, is_ended: bool = False) -> None:

@@ -94,6 +94,29 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_on_all_ranks(tiny_run:
     assert checkpoints(output) == [2]
 
 
+def test_each_rank_writes_its_own_share_of_a_full_fine_tuning(tiny_run: TinyRun) -> None:
+    full = [f"peft.towers.{tower}=full" for tower in ("vision", "projector", "language")]
+    common = (*COMMON, *full, "train.learning_rate=0.001")
+    together = tiny_run.train(*common, "train.output_dir=together", processes=2)
+    assert together.exit_code == 0, together.output[-3000:]
+
+    sliced = (*common, "train.output_dir=sliced", "train.save_in_slices=true")
+    stopped = tiny_run.train(
+        *sliced, "deepspeed=ds_configs/tiny3.json", "train.stop_at_step=3", "train.save_steps=1", processes=2
+    )
+    assert stopped.exit_code == 0, stopped.output[-3000:]
+    assert "every rank writes its own share of a checkpoint" in stopped.output
+    names = {path.name for path in (tiny_run.directory / "sliced" / "checkpoint-3").glob("*.safetensors")}
+    shares = {f"training_state-0000{rank}-of-00002.safetensors" for rank in (1, 2)}
+    assert names == {"trained_weights.safetensors", *shares}
+
+    resumed = tiny_run.train(*sliced, "train.resume=auto", "train.save_in_slices=auto")  # one process, another stage
+    assert resumed.exit_code == 0, resumed.output[-3000:]
+    assert "resumed from sliced/checkpoint-3" in resumed.output
+    assert tiny_run.losses("sliced") == pytest.approx(tiny_run.losses("together"), rel=1e-4)
+    assert (tiny_run.directory / "sliced" / "checkpoint-6" / "training_state.safetensors").is_file()
+
+
 class TwoNodes:
     """Two ranks, each with a working directory of its own, and so with its own output directory."""
 

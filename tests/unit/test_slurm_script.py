@@ -3,16 +3,21 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launcher.requeue import read_end
+from launcher.slurm_rank import write_end
+
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPT = PROJECT / "slurm" / "train.sbatch"
 
 FAKE_SCONTROL = """#!/bin/bash
+[[ $1 == requeue ]] && { echo "$2" >"$PROBE/requeued"; exit; }
 [[ $* == "show hostnames gpu[07-08]" ]] || exit 1
 printf 'gpu07\\ngpu08\\n'
 """
@@ -25,9 +30,11 @@ for task in 0 1 2 3; do
     SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NODEID=$((task / 2)) "$@" || exit $?
 done
 """
-# Takes the place of `python -m vlm_dist.train`: prints where the rank finds itself.
+# Takes the place of the ranks' Python: prints where the rank finds itself.
 FAKE_PYTHON = """#!/bin/bash
-[[ "$1 $2" == "-m vlm_dist.train" ]] || exit 64
+[[ "$1 $2" == "-m launcher.requeue" ]] && exec "$REAL_PYTHON" "$@"
+[[ "$1 $2 $3 $4" == "-m launcher.slurm_rank -m vlm_dist.train" ]] || exit 64
+shift 2
 exec "$REAL_PYTHON" - "$@" <<'PROBE_END'
 import dataclasses, json, os, sys
 from vlm_dist.distributed.environment import resolve_topology
@@ -82,8 +89,73 @@ def test_every_task_finds_its_place_and_the_same_meeting_point(submit, tmp_path)
         assert option in options
 
 
-def test_the_exit_code_is_the_ranks(submit):
-    assert submit(PROBE_EXIT="75").returncode == 75
+def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(submit, tmp_path):
+    first = submit(PROBE_EXIT="75")
+    assert first.returncode == 75
+    assert "requeued (1 of at most 20)" in first.stderr
+    assert (tmp_path / "requeued").read_text() == "12345678\n"
+    second = submit(SLURM_RESTART_COUNT="1")
+    assert second.returncode == 0, second.stderr
+    ranks = [json.loads(line) for line in (tmp_path / "ranks").read_text().splitlines()]
+    assert "train.resume=auto" not in ranks[0]["argv"]
+    assert all(rank["argv"][-2:] == ["--set", "train.resume=auto"] for rank in ranks[-4:])
+    assert not list((tmp_path / "project").glob("slurm-*"))  # nothing is left of a run that is done
+
+
+@pytest.mark.parametrize(
+    ("code", "environ", "why"),
+    [
+        ("2", {}, "(config) at start-up; another start would end there again"),
+        ("75", {"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}, "requeued 3 times already (MAX_REQUEUES=3)"),
+    ],
+)
+def test_what_another_start_would_repeat_is_not_requeued(code, environ, why, submit, tmp_path):
+    done = submit(PROBE_EXIT=code, **environ)
+    assert done.returncode == int(code)
+    assert why in done.stderr
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_failure_is_tried_once_more_at_the_same_step(submit, tmp_path):
+    assert submit(PROBE_EXIT="6").returncode == 6
+    assert (tmp_path / "requeued").exists()
+    (tmp_path / "requeued").unlink()
+    again = submit(PROBE_EXIT="6", SLURM_RESTART_COUNT="1")
+    assert "failed there twice" in again.stderr
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_the_first_rank_that_failed_decides_not_those_that_were_ended_for_it(tmp_path):
+    write_end(tmp_path, 0, 75)
+    write_end(tmp_path, 3, 2)
+    assert read_end(tmp_path, 75).rank == 3
+    assert read_end(tmp_path, 75).exit_code == 2
+    (tmp_path / "rank-00003.json").unlink()
+    write_end(tmp_path, 1, -9)
+    assert read_end(tmp_path, 137).code == 75  # it was preempted before another one was killed
+    (tmp_path / "rank-00000.json").unlink()
+    assert str(read_end(tmp_path, 137)).startswith("rank 1 on ")
+    assert "was killed by SIGKILL" in str(read_end(tmp_path, 137))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_trainer_listens_is_not_lost_and_kills_nobody(number, tmp_path):
+    """The trainer, here a script that listens late, gets it when it does."""
+    script = (
+        "import os, signal, sys, time\n"
+        "print('started', flush=True); time.sleep(1)\n"
+        "heard = []\n"
+        "for n in (signal.SIGTERM, signal.SIGUSR1): signal.signal(n, lambda n, f: heard.append(n))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1]); time.sleep(0.1)\n"
+        "sys.exit(75 if heard else 1)\n"
+    )
+    environ = os.environ | {"SLURM_PROCID": "1", "VLM_DIST_LIFE_DIRECTORY": str(tmp_path)}
+    command = [sys.executable, "-m", "launcher.slurm_rank", "-c", script]
+    rank = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, start_new_session=True, cwd=PROJECT)
+    assert rank.stdout.readline() == b"started\n"
+    os.killpg(rank.pid, number)  # as Slurm does: every process of the task
+    assert rank.wait(20) == 75
+    assert read_end(tmp_path, 75).code == 75
 
 
 def test_a_missing_run_file_is_named_before_anything_starts(submit, tmp_path):

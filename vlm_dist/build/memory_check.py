@@ -18,9 +18,10 @@ from vlm_dist.data.worst_case import WorstCase
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family
 from vlm_dist.model import load_rope_index
+from vlm_dist.model.compilation import compile_message, is_compile_error
 
 _GIB = 2**30
 _NUM_SAMPLES_NAMED = 8
@@ -66,13 +67,16 @@ class MemoryGuard:
 
         Raises:
             ConfigError: memory ran out.
+            ModelError: a block cannot be compiled.
         """
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ConfigError(self.message(doing, error, micro_batch)) from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ConfigError(self.message(doing, error, micro_batch)) from error
+            if self.config.train.torch_compile and is_compile_error(error):
+                raise ModelError(compile_message(doing, error)) from error
+            raise
 
     def message(self, doing: str, error: BaseException, micro_batch: MicroBatch | None = None) -> str:
         """What was asked, of which there was not enough, what is held, and what to change, one line each."""

@@ -12,6 +12,7 @@ from vlm_dist.engine import zero_init_context
 from vlm_dist.model import (
     attach_adapter,
     check_tokens_are_learned,
+    compile_blocks,
     describe_trained,
     enable_gradient_checkpointing,
     format_tower_table,
@@ -54,6 +55,9 @@ def make_model(
     if train.gradient_checkpointing:
         recomputed = enable_gradient_checkpointing(model, **train.gradient_checkpointing_policy.model_dump())
         report(f"gradient checkpointing: {'; '.join(map(str, recomputed))}")
+    if train.torch_compile:  # after all that changes what a block's call does
+        compiled = compile_blocks(model, train.torch_compile_backend)
+        report(f"torch.compile ({train.torch_compile_backend}): {'; '.join(map(str, compiled))}")
     table = tower_table(model, towers, train.learning_rate, rates)
     report(format_tower_table(table))
     with agree_on_failure(ranks):

@@ -48,7 +48,7 @@ from vlm_dist.distributed.patience import long_work
 from vlm_dist.distributed.signals import AskedToStop, StopRequest
 from vlm_dist.engine import NonfiniteSteps, load_deepspeed_json, prepare_deepspeed, prepare_native_ops
 from vlm_dist.errors import ExitCode
-from vlm_dist.model import check_quantization, prepare_checkpoint, tower_namer
+from vlm_dist.model import check_compilation, check_quantization, prepare_checkpoint, tower_namer, try_compiler
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.logging_setup import configure_logging
 from vlm_dist.trainer import Ending, Trainer
@@ -127,6 +127,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
         with agree_on_failure(ranks):
             ds_json = load_deepspeed_json(config.deepspeed)
             check_quantization(config.peft.quantization, ds_json["zero_optimization"]["stage"])
+            check_compilation(train_config.torch_compile, ds_json["zero_optimization"]["stage"])
             batch = fit_batch(config, ranks, checkpoint)
         train_sources = open_sources(config, "train", ranks)
         eval_sources = open_sources(config, "eval", ranks)
@@ -136,6 +137,8 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
         with long_work(ranks, f"preparing {config.model_id}", leaves_if_asked=True):
             prepare_checkpoint(config.model_id, config.model_entry, loading_params)
             prepare_native_ops(ds_json)  # offloading compiles what it needs, the first time
+            if train_config.torch_compile:
+                try_compiler(train_config.torch_compile_backend)
         with agree_on_failure(ranks):
             processor, family = make_processor(config)
             materialise = make_materialisers(config, train_sources, eval_sources, processor, family)

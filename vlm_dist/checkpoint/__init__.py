@@ -6,6 +6,7 @@ from vlm_dist.checkpoint.layout import Checkpoint
 from vlm_dist.checkpoint.places import Places, find_places
 from vlm_dist.checkpoint.retention import Retention
 from vlm_dist.checkpoint.saver import CheckpointSaver
+from vlm_dist.checkpoint.sliced_saver import SlicedCheckpointSaver
 from vlm_dist.checkpoint.store import CheckpointStore, RunFacts
 from vlm_dist.checkpoint.warm_start import StartingPoint, open_starting_point, start_from
 
@@ -17,6 +18,7 @@ __all__ = [
     "Places",
     "Retention",
     "RunFacts",
+    "SlicedCheckpointSaver",
     "StartingPoint",
     "choose_checkpoint",
     "export_adapter",

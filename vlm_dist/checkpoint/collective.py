@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_dist.checkpoint.adapter import export_adapter
-from vlm_dist.checkpoint.layout import Checkpoint
+from vlm_dist.checkpoint.layout import TRAINING_STATE, Checkpoint
 from vlm_dist.checkpoint.places import Places
 from vlm_dist.checkpoint.store import CheckpointStore, RunFacts
 from vlm_dist.distributed.failures import agree_on_failure, describe_failure, raise_first
@@ -40,12 +40,11 @@ def save_adapter(store: CheckpointStore, engine: Engine, ranks: Ranks) -> Path:
     Raises:
         CheckpointError: on every rank, if rank 0 could not write.
     """
-    trainable = engine.collect_trainable()
+    weights = engine.collect_weights()
     path = None
     with agree_on_failure(ranks):
-        if trainable is not None:
-            masters = {name: state.master for name, state in trainable.parameters.items()}
-            path = store.save_adapter(export_adapter(engine.module, masters, engine.compute_dtype))
+        if weights is not None:
+            path = store.save_adapter(export_adapter(engine.module, weights, engine.compute_dtype))
     return ranks.broadcast_object(path)
 
 
@@ -89,11 +88,25 @@ def restore_checkpoint(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> 
     Raises:
         CheckpointError: on every rank: the file cannot be read, or its parameters are not this model's.
     """
+    if checkpoint.is_sliced and all(ranks.gather_objects((checkpoint.path / TRAINING_STATE).is_file())):
+        _restore_own_shares(checkpoint, engine, ranks)
+        return
     trainable: TrainableState | None = None
     with agree_on_failure(ranks):
         if ranks.rank == checkpoint.owner:
             trainable = checkpoint.read_trainable()
     try:
         engine.restore_trainable(trainable, checkpoint.owner)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _restore_own_shares(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
+    """Each rank reads what it owns."""
+    with agree_on_failure(ranks):
+        slices = checkpoint.open_slices()
+    optimizer = checkpoint.info["optimizer"]
+    try:
+        engine.restore_slices(slices.read, slices.shapes, int(optimizer["step"]), optimizer["loss_scaler"])
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error

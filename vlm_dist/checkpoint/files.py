@@ -70,6 +70,16 @@ class FileSet:
                     hashed.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
             self._finish(name, hashed)
 
+    def adopt(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Move a file here that was written elsewhere.
+
+        Args:
+            path: on the same file system.
+            facts: its `bytes` and `sha256`.
+        """
+        path.rename(self._directory / path.name)
+        self.facts[path.name] = dict(facts)
+
     def _finish(self, name: str, hashed: _Hashed) -> None:
         self.facts[name] = {"bytes": hashed.num_bytes, "sha256": hashed.digest.hexdigest()}
 

@@ -5,6 +5,7 @@ output_dir/
         adapter_config.json, adapter_model.safetensors   PEFT's format, in the training dtype
         trained_weights.safetensors                      instead of these two, if all was trained in full: by name
         training_state.safetensors                       float32 masters and moments by parameter name
+        training_state-00001-of-00004.safetensors, ...   instead, where each rank writes its own: see `slice_reader`
         training_state.json                              everything else, and the hash of every other file
         resolved_config.yaml
         COMPLETE                                         the hash of training_state.json, written last
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from vlm_dist.checkpoint.slice_reader import PARTS, SliceReader
 from vlm_dist.engine import NamedState, TrainableState
 from vlm_dist.errors import CheckpointError
 
 FORMAT = 1
+#: With a file of each rank.
+SLICED_FORMAT = 2
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -37,9 +42,7 @@ RESOLVED_CONFIG = "resolved_config.yaml"
 COMPLETE = "COMPLETE"
 FINAL_ADAPTER = "adapter"
 
-#: Parts of a parameter's state, as prefixes of the keys in TRAINING_TENSORS.
-PARTS = ("master", "exp_avg", "exp_avg_sq")
-
+_HASHING_THREADS = 8
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -108,14 +111,19 @@ class Checkpoint:
             if sha256_of(path / TRAINING_STATE) != wanted:
                 raise CheckpointError(f"{path}: damaged: {TRAINING_STATE} is not what {COMPLETE} says")
             info = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
-            if info["format"] != FORMAT:
-                raise CheckpointError(f"{path}: format {info['format']}, this version reads format {FORMAT}")
+            if info["format"] not in (FORMAT, SLICED_FORMAT):
+                known = f"{FORMAT} and {SLICED_FORMAT}"
+                raise CheckpointError(f"{path}: format {info['format']}, this version reads formats {known}")
             for name, facts in info["files"].items():
                 size = (path / name).stat().st_size
                 if size != facts["bytes"]:
                     raise CheckpointError(f"{path}: damaged: {name} has {size} bytes instead of {facts['bytes']}")
+            with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing leaves the interpreter's lock to others
+                digests = dict(
+                    zip(info["files"], pool.map(lambda name: sha256_of(path / name), info["files"]), strict=True)
+                )
             for name, facts in info["files"].items():
-                if sha256_of(path / name) != facts["sha256"]:
+                if digests[name] != facts["sha256"]:
                     raise CheckpointError(f"{path}: damaged: the content of {name} does not match its hash")
             return cls(path, int(info["step"]), info, (path / RESOLVED_CONFIG).read_text(encoding="utf-8"))
         except OSError as error:
@@ -123,23 +131,42 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged: {TRAINING_STATE} cannot be read ({error!r})") from error
 
+    @property
+    def is_sliced(self) -> bool:
+        """Whether each rank has written a file of its own."""
+        return bool(self.info["format"] == SLICED_FORMAT)
+
+    def open_slices(self) -> SliceReader:
+        """The files of the ranks.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        return SliceReader(self.path, self.info)
+
     def read_trainable(self) -> TrainableState:
         """Masters, moments and the optimizer's step.
 
         Raises:
             CheckpointError: the file cannot be read, or does not hold what training_state.json promises.
         """
+        if self.is_sliced:
+            slices = self.open_slices()
+            return self._with_optimizer({name: slices.read_whole(name) for name in slices.shapes})
         try:
             tensors = load_file(self.path / TRAINING_TENSORS)
             prefix = f"{PARTS[0]}/"
             names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
             parameters = {name: NamedState(*(tensors[f"{part}/{name}"] for part in PARTS)) for name in names}
-            optimizer = self.info["optimizer"]
-            return TrainableState(
-                step=int(optimizer["step"]),
-                parameters=parameters,
-                hyperparameters=optimizer["hyperparameters"],
-                loss_scaler=optimizer["loss_scaler"],
-            )
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(f"{self.path}: {TRAINING_TENSORS} cannot be read: {error!r}") from error
+        return self._with_optimizer(parameters)
+
+    def _with_optimizer(self, parameters: dict[str, NamedState]) -> TrainableState:
+        optimizer = self.info["optimizer"]
+        return TrainableState(
+            step=int(optimizer["step"]),
+            parameters=parameters,
+            hyperparameters=optimizer["hyperparameters"],
+            loss_scaler=optimizer["loss_scaler"],
+        )

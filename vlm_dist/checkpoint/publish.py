@@ -9,8 +9,8 @@ from pathlib import Path
 
 from vlm_dist.errors import CheckpointError
 
-#: Of names that start with a dot: being written, being replaced, being deleted.
-_ENDINGS = ("writing", "old", "deleting")
+#: Of names that start with a dot: being written, being replaced, being deleted, being written by all ranks.
+_ENDINGS = ("writing", "old", "deleting", "slices")
 
 
 def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
@@ -37,17 +37,22 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
         fresh.mkdir()
         write(fresh)
         for path in fresh.iterdir():
-            _fsync(path)
-        _fsync(fresh)
+            make_durable(path)
+        make_durable(fresh)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
-        _fsync(parent)
+        make_durable(parent)
         if old.exists():
             shutil.rmtree(old)
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)  # gives a full disk its space back
         raise CheckpointError(f"{target} could not be written: {error}") from error
+
+
+def being_sliced(target: Path) -> Path:
+    """Where the ranks leave their files of a checkpoint."""
+    return target.parent / f".{target.name}.slices"
 
 
 def leftovers(directory: Path) -> Iterator[tuple[Path, Path]]:
@@ -74,7 +79,7 @@ def remove_directory(path: Path) -> None:
         raise CheckpointError(f"{path} could not be deleted: {error}") from error
 
 
-def _fsync(path: Path) -> None:
+def make_durable(path: Path) -> None:
     """Wait until a file or a directory's entries are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from torch import Tensor
 
 from vlm_dist.checkpoint.adapter import AdapterForm
 from vlm_dist.checkpoint.layout import checkpoint_name
 from vlm_dist.checkpoint.places import Places
 from vlm_dist.checkpoint.store import CheckpointStore, RunFacts
-from vlm_dist.checkpoint.writer import CheckpointWriter
+from vlm_dist.checkpoint.writer import CheckpointWriter, WriteFailure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.distributed.patience import long_work
-from vlm_dist.engine import Engine, TrainableState
+from vlm_dist.engine import Engine, SlicedState, TrainableState
 from vlm_dist.errors import CheckpointError
 from vlm_dist.observability.log import MetricLog
 
@@ -97,10 +100,12 @@ class CheckpointSaver:
         self._position = position
         self._lost.clear()
         name = checkpoint_name(position)
-        state = self._engine.save(self._store.output_dir, name, self._places.group)
+        write = self._collect(position, name)
         stall = Stall(waited - started, time.perf_counter() - waited)
-        if state is not None:
-            self._write(position, state)
+        if write is not None:
+            self._writer.submit(position, write)
+            if self._evaluation[0] == position:
+                self._mark()
         self._log.message(f"{name} is collected and being written; training stood still for {_told(stall)}")
         self._log.log_save(position, stall.as_record())
 
@@ -126,18 +131,21 @@ class CheckpointSaver:
         Raises:
             CheckpointError: on every rank: a checkpoint is on no disk, so that the run must not go on as if it were.
         """
-        failures = self._ranks.gather_objects(self._writer.take_failure())
+        failures = self._ranks.gather_objects(self._take_failure())
         failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
         if not failed:
             return
         self._lost |= {rank for rank, failure in failed.items() if failure.step == self._position}
         if not self._places.are_copies:
-            raise CheckpointError(failed[0].message)
+            raise CheckpointError(failed[min(failed)].message)
         lines = [f"{self._places.name(rank)}: {failure.message}" for rank, failure in failed.items()]
         if len(self._lost) == len(self._places.writers):
             raise CheckpointError("no node could write the checkpoint\n  " + "\n  ".join(lines))
         for line in lines:
             self._log.message(f"warning: {line}; the run goes on, with the copies of the other nodes")
+
+    def _take_failure(self) -> WriteFailure | None:
+        return self._writer.take_failure()
 
     def close(self) -> None:
         """Wait until this rank's writing has ended; for a rank that leaves, alone or with the others."""
@@ -152,21 +160,34 @@ class CheckpointSaver:
         if kind is not KeyboardInterrupt:  # asked twice: what is not written yet is given up
             self.close()
 
-    def _write(self, position: int, state: TrainableState) -> None:
-        form, facts = self._form, self._facts(position)
-        assert form is not None
+    def _collect(self, position: int, name: str) -> Callable[[], None] | None:
+        """Bring the state to memory; gives back what writes it, on the ranks that do. Collective."""
+        state = self._engine.save(self._store.output_dir, name, self._places.group)
+        if state is None:
+            return None
+        facts = self._facts(position)
 
-        def job() -> None:
-            started = time.perf_counter()
+        def write() -> None:
             masters = {name: parameter.master for name, parameter in state.parameters.items()}
-            path = self._store.save(position, state, form.export(masters), facts)
-            num_bytes = sum(file.stat().st_size for file in path.iterdir())
-            took = time.perf_counter() - started
-            self._log.message(f"checkpoint written: {path} ({num_bytes / 1e6:.1f} MB in {took:.1f} s)")
+            self._publish(position, state, masters, facts)
 
-        self._writer.submit(position, job)
-        if self._evaluation[0] == position:
-            self._mark()
+        return write
+
+    def _publish(
+        self,
+        position: int,
+        state: TrainableState | SlicedState,
+        weights: Mapping[str, Tensor],
+        facts: RunFacts,
+        slices: Mapping[Path, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Write a checkpoint, in the writer's thread."""
+        assert self._form is not None
+        started = time.perf_counter()
+        path = self._store.save(position, state, self._form.export(weights), facts, slices)
+        num_bytes = sum(file.stat().st_size for file in path.iterdir())
+        took = time.perf_counter() - started
+        self._log.message(f"checkpoint written: {path} ({num_bytes / 1e6:.1f} MB in {took:.1f} s)")
 
     def _mark(self) -> None:
         """Judge the newest checkpoint, behind its own writing."""

@@ -14,7 +14,8 @@ from vlm_dist.checkpoint.files import FileSet
 from vlm_dist.checkpoint.layout import Checkpoint
 from vlm_dist.checkpoint.publish import leftovers, publish_directory, remove_directory
 from vlm_dist.checkpoint.retention import Best, Retention, metric_value, read_best, write_best
-from vlm_dist.engine import TrainableState
+from vlm_dist.checkpoint.slice_reader import PARTS
+from vlm_dist.engine import SlicedState, TrainableState
 from vlm_dist.errors import CheckpointError
 
 
@@ -70,7 +71,14 @@ class CheckpointStore:
             except OSError as error:
                 self._report(f"{path} was left by a run that was killed, and could not be removed: {error}")
 
-    def save(self, step: int, trainable: TrainableState, adapter: AdapterExport, facts: RunFacts) -> Path:
+    def save(
+        self,
+        step: int,
+        trainable: TrainableState | SlicedState,
+        adapter: AdapterExport,
+        facts: RunFacts,
+        slices: Mapping[Path, Mapping[str, Any]] | None = None,
+    ) -> Path:
         """Publish a checkpoint, then delete those that need not stay.
 
         Args:
@@ -78,6 +86,7 @@ class CheckpointStore:
             trainable: collected from the engine.
             adapter: the same, in PEFT's format.
             facts: the rest.
+            slices: of a `SlicedState`: the ranks' files, with their `bytes` and `sha256`.
 
         Returns:
             The checkpoint's directory.
@@ -86,7 +95,9 @@ class CheckpointStore:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
         target = self.output_dir / layout.checkpoint_name(step)
-        publish_directory(target, lambda fresh: _write_checkpoint(FileSet(fresh), step, trainable, adapter, facts))
+        publish_directory(
+            target, lambda fresh: _write_checkpoint(FileSet(fresh), step, trainable, adapter, facts, slices or {})
+        )
         self._set_aside_later_than(step)
         self._prune()
         return target
@@ -185,17 +196,28 @@ def _write_adapter(files: FileSet, adapter: AdapterExport) -> None:
 
 
 def _write_checkpoint(
-    files: FileSet, step: int, trainable: TrainableState, adapter: AdapterExport, facts: RunFacts
+    files: FileSet,
+    step: int,
+    trainable: TrainableState | SlicedState,
+    adapter: AdapterExport,
+    facts: RunFacts,
+    slices: Mapping[Path, Mapping[str, Any]],
 ) -> None:
     """Fill a checkpoint's directory; the marker comes last."""
     _write_adapter(files, adapter)
-    tensors = {
-        f"{part}/{name}": getattr(state, part) for part in layout.PARTS for name, state in trainable.parameters.items()
-    }
-    files.write_tensors(layout.TRAINING_TENSORS, tensors)
+    more: dict[str, Any] = {"format": layout.FORMAT}
+    if isinstance(trainable, SlicedState):
+        for path, known in slices.items():
+            files.adopt(path, known)
+        shapes = {name: list(shape) for name, shape in trainable.shapes.items()}
+        more = {"format": layout.SLICED_FORMAT, "shapes": shapes}
+    else:
+        states = trainable.parameters.items()
+        tensors = {f"{part}/{name}": getattr(state, part) for part in PARTS for name, state in states}
+        files.write_tensors(layout.TRAINING_TENSORS, tensors)
     files.write_text(layout.RESOLVED_CONFIG, facts.resolved_config)
     state = {
-        "format": layout.FORMAT,
+        **more,
         "step": step,
         "global_batch_size": facts.global_batch_size,
         "plan": facts.plan,

@@ -66,6 +66,7 @@ def findings(draft: Draft) -> Iterator[Finding]:
     yield from _packing(draft.train, draft.collator)
     yield from _lengths(draft.train, draft.data)
     yield from _workers(draft.train, draft.data, draft.collator)
+    yield from _compilation(draft)
     yield from _towers(draft.peft)
     yield from _sources(draft.data)
 
@@ -345,6 +346,25 @@ def _workers(train: TrainConfig, data: DataConfig, collator: VlmCollatorConfig) 
         message = "0 decodes videos in the training process, which a damaged one can end or hang; 1 outlives that"
         also = (("collator", "data_processing", "video_data"),)
         yield Finding(workers, message, also=also, is_notice=True)
+
+
+def _compilation(draft: Draft) -> Iterator[Finding]:
+    """What a block that is to be one graph cannot have in it. ZeRO's stage is in another file."""
+    compiled: KeyPath = ("train", "torch_compile")
+    if not draft.train.torch_compile:
+        if draft.train.torch_compile_backend != TrainConfig.model_fields["torch_compile_backend"].default:
+            message = "has no effect: torch_compile is false"
+            yield Finding(("train", "torch_compile_backend"), message, also=(compiled,), is_notice=True)
+        return
+    try:
+        loading = draft.model.loading_for(draft.model_id) if draft.model_id else draft.model.loading_params
+    except ConfigError:  # the unknown model is a finding of its own
+        return
+    attention = loading.attn_implementation
+    if attention not in (None, "sdpa", "eager"):
+        message = f"got true beside attn_implementation: {attention}, which looks at the mask to find the padding: a "
+        message += "block is no one graph then; set attn_implementation to sdpa, or torch_compile to false"
+        yield Finding(compiled, message, also=(("model", "loading_params", "attn_implementation"),))
 
 
 def _towers(peft: PeftConfig) -> Iterator[Finding]:

@@ -118,6 +118,7 @@ class TrainConfig(Section):
     save_keep_steps: Interval = 0  # one every so many steps stays for ever, beyond the limit
     metric_for_best_model: BestMetric | None = None  # eval_loss, eval_exact_match, or <source>/<figure>; it stays
     greater_is_better: bool | None = None  # null: a loss is better when smaller, everything else when greater
+    save_in_slices: Literal["auto"] | bool = "auto"  # each rank writes its own share: auto: where the state is large
     eval_on_start: bool = False
     predict_with_generate: bool = False
     generation_max_new_tokens: Count = 32
@@ -129,6 +130,8 @@ class TrainConfig(Section):
 
     gradient_checkpointing: bool = True
     gradient_checkpointing_policy: CheckpointingPolicy = Field(default_factory=CheckpointingPolicy)
+    torch_compile: bool = False  # the repeated blocks, each by itself
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"  # the others generate no code
     memory_check: Literal["auto", True, False] = "auto"  # auto: on GPUs
     bf16: bool = True
     fp16: bool = False
@@ -169,7 +172,7 @@ class TrainConfig(Section):
         "sequence_parallel_size": "DeepSpeed's Ulysses attention takes text alone: it cuts every tensor of a batch "
         "along the tokens, and takes the vision tower's attention for the language model's (docs/memory.md); "
         "shorten clips with num_frames, or pack",
-        "torch_compile": "not built yet: that compiled blocks learn the same has not been shown (docs/memory.md)",
+        "torch_compile_mode": "blocks are compiled in the default mode, with lengths that may change",
     }
 
     @property

@@ -8,12 +8,13 @@ on all ranks, is to collect masters and moments by name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
-from vlm_dist.engine.trainable_state import TrainableState
 from vlm_dist.errors import CheckpointError
+
+State = TypeVar("State")
 
 
 class CheckpointHook(CheckpointEngine):  # type: ignore[misc]
@@ -21,18 +22,15 @@ class CheckpointHook(CheckpointEngine):  # type: ignore[misc]
 
     Args:
         deepspeed_engine: after `deepspeed.initialize`; has nothing of its own to save from then on.
-        collect: gives the state to the ranks that hold it, None to the others; called on all ranks. Its argument is
-            the group of ranks that hold it, or None for rank 0 alone.
     """
 
-    def __init__(self, deepspeed_engine: Any, collect: Callable[[Any], TrainableState | None]) -> None:
+    def __init__(self, deepspeed_engine: Any) -> None:
         super().__init__()
         assert not deepspeed_engine.has_moe_layers, "DeepSpeed's own experts have files of their own"
         self.name = "vlm_dist"
         self._deepspeed = deepspeed_engine
-        self._collect = collect
-        self._holders: Any = None
-        self._collected: TrainableState | None = None
+        self._collect: Callable[[], Any] = _make_nothing
+        self._collected: Any = None
         deepspeed_engine.checkpoint_engine = self
         deepspeed_engine.save_zero_checkpoint = False  # the optimizer's shards
         deepspeed_engine._save_checkpoint = _make_nothing  # the state dict of the module
@@ -42,21 +40,21 @@ class CheckpointHook(CheckpointEngine):  # type: ignore[misc]
         deepspeed_engine.zero_nvme_offload_optimizer = _no  # asked only whether to copy its swap files
         deepspeed_engine.checkpoint_tag_validation_enabled = _no  # two reductions on the device for a name that we give
 
-    def run(self, directory: str, tag: str, holders: Any = None) -> TrainableState | None:
+    def run(self, directory: str, tag: str, collect: Callable[[], State]) -> State:
         """Save a checkpoint as DeepSpeed does. Collective: every rank calls this.
 
         Args:
             directory: of the run; nothing is written there.
             tag: the checkpoint's name.
-            holders: group of ranks that get the state, rank 0 among them; None: rank 0 alone.
+            collect: called on all ranks.
 
         Returns:
-            What was collected, on the ranks that hold it.
+            What was collected.
         """
-        self._holders = holders
+        self._collect = collect
         self._deepspeed.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=True)
         collected, self._collected = self._collected, None
-        return collected
+        return collected  # type: ignore[no-any-return]
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Begin a checkpoint: nothing is there to prepare."""
@@ -66,7 +64,7 @@ class CheckpointHook(CheckpointEngine):  # type: ignore[misc]
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Collect the state. Collective: DeepSpeed calls this on every rank."""
-        self._collected = self._collect(self._holders)
+        self._collected = self._collect()
         return True
 
     def save(self, state_dict: Any, path: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,48 +20,23 @@ from torch import Tensor, nn
 from vlm_dist.engine.cpu_adam import use_cpu_adam
 from vlm_dist.engine.inspection import GradientInspector
 from vlm_dist.engine.merge import check_read_back
+from vlm_dist.engine.outcome import StepOutcome
 from vlm_dist.engine.partitions import Partitions
 from vlm_dist.engine.rehearsal import Snapshot, held_bytes
 from vlm_dist.engine.replicated import initialise_replicated
 from vlm_dist.engine.resharding import Resharder
 from vlm_dist.engine.runtime import init_deepspeed_comm
 from vlm_dist.engine.secondary_shards import check_nothing_stale, check_secondary_shards, uses_secondary_shards
+from vlm_dist.engine.slices import ReadElements, SlicedState
 from vlm_dist.engine.trainable_names import compute_dtype_of, trainable_names
 from vlm_dist.engine.trainable_state import TrainableState
 from vlm_dist.engine.zero_buffers import forget_gradients, forget_kept_gradients, round_masters_into_weights
 from vlm_dist.engine.zero_init import release_zero_init
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import CheckpointError, ConfigError
 from vlm_dist.loss import LabelledHead
 
 #: What DeepSpeed's dynamic loss scaler counts; all of it decides when the scale changes next.
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What became of an optimizer step; the same on every rank.
-
-    Attributes:
-        applied: False if the gradient was not finite: no parameter, moment or learning rate has changed.
-        learning_rate: that the step used, of the first parameter group.
-        raw_grad_norm: the norm as DeepSpeed has it, maybe on the device.
-        nonfinite_parameters: where it was not applied: names of which this rank's share of the gradient is not finite;
-            not the same on every rank.
-        is_scale_search: where it was not applied: float16's loss scale was too large, and is lower now.
-    """
-
-    applied: bool
-    learning_rate: float
-    raw_grad_norm: Tensor | float | None = None
-    nonfinite_parameters: tuple[str, ...] = ()
-    is_scale_search: bool = False
-
-    @property
-    def grad_norm(self) -> float | None:
-        """L2 norm of the whole gradient before clipping; None if it is not finite. Waits for the device."""
-        if not self.applied or self.raw_grad_norm is None:
-            return None
-        return float(self.raw_grad_norm)
 
 
 class Engine:
@@ -106,7 +80,7 @@ class Engine:
         partitions = Partitions(self._zero, self.zero_stage, names)
         self._resharder = Resharder(partitions, self._optimizer, control_group)
         self._inspector = GradientInspector(self._zero, self.zero_stage, partitions, dist.get_rank(control_group))
-        self._checkpoint_hook = CheckpointHook(deepspeed_engine, self.collect_trainable)
+        self._checkpoint_hook = CheckpointHook(deepspeed_engine)
         self._is_hpz_on_trial = uses_secondary_shards(deepspeed_engine.config)
         if self._is_hpz_on_trial:
             check_secondary_shards(self.module, control_group)
@@ -297,7 +271,7 @@ class Engine:
         Returns:
             What is to be written, on the ranks that hold it; None elsewhere.
         """
-        return self._checkpoint_hook.run(str(directory), tag, holders)
+        return self._checkpoint_hook.run(str(directory), tag, lambda: self.collect_trainable(holders))
 
     def collect_trainable(self, holders: Any = None) -> TrainableState | None:
         """Everything that a checkpoint needs, on the ranks that hold it; None elsewhere. Collective.
@@ -309,13 +283,30 @@ class Engine:
         parameters = self._resharder.collect(holders)
         if parameters is None:
             return None
-        scaler = self._dynamic_loss_scaler
         return TrainableState(
             step=self._resharder.step(),
             parameters=parameters,
             hyperparameters=self._resharder.hyperparameters(),
-            loss_scaler={key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS} if scaler else {},
+            loss_scaler=self._loss_scaler_state(),
         )
+
+    def save_slices(self, directory: Path, tag: str) -> SlicedState:
+        """As `save`, where each rank writes its own share. Collective: every rank calls this."""
+        return self._checkpoint_hook.run(str(directory), tag, self._collect_slices)
+
+    def _collect_slices(self) -> SlicedState:
+        return SlicedState(
+            step=self._resharder.step(),
+            slices=self._resharder.own_slices(),
+            shapes=self._resharder.partitions.shapes,
+            weights=self.collect_weights(),
+            hyperparameters=self._resharder.hyperparameters(),
+            loss_scaler=self._loss_scaler_state(),
+        )
+
+    def collect_weights(self) -> dict[str, Tensor] | None:
+        """All trainable parameters in the compute dtype on rank 0, None elsewhere. Collective."""
+        return self._resharder.weights(self.compute_dtype)
 
     def restore_trainable(self, state: TrainableState | None, source: int = 0) -> None:
         """Continue from a collected state, bit for bit. Collective: every rank calls this.
@@ -334,6 +325,35 @@ class Engine:
         dist.broadcast_object_list(header, src=source, group=self._control_group)
         step, loss_scaler = header[0] or (0, {})
         self._resharder.restore(None if state is None else state.parameters, step, source)
+        self._go_on(step, loss_scaler)
+
+    def restore_slices(
+        self, read: ReadElements, shapes: Mapping[str, torch.Size], step: int, loss_scaler: Mapping[str, float]
+    ) -> None:
+        """As `restore_trainable`, where each rank reads its own share. Collective: every rank calls this.
+
+        Args:
+            read: gives elements of a parameter.
+            shapes: of all parameters that can be read; the same on every rank.
+            step: updates that the optimizer had applied.
+            loss_scaler: of the saved state.
+
+        Raises:
+            CheckpointError: on every rank: names or shapes are not this model's, or a rank could not read.
+        """
+        failure = None
+        try:
+            self._resharder.restore_slices(read, shapes, step)
+        except CheckpointError as error:
+            failure = str(error)
+        failures: list[Any] = [None] * dist.get_world_size(self._control_group)
+        dist.all_gather_object(failures, failure, group=self._control_group)
+        if any(failures):
+            raise CheckpointError(next(filter(None, failures)))
+        self._go_on(step, loss_scaler)
+
+    def _go_on(self, step: int, loss_scaler: Mapping[str, float]) -> None:
+        """Follow masters and moments that were put back. Collective."""
         if self._dynamic_loss_scaler:
             for key, value in loss_scaler.items():
                 setattr(self._dynamic_loss_scaler, key, value)
@@ -345,6 +365,15 @@ class Engine:
         """Let go of DeepSpeed's hooks and buffers. Local: a rank that fails may call it alone."""
         self._deepspeed.destroy()
         release_zero_init()
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable elements."""
+        return sum(shape.numel() for shape in self._resharder.partitions.shapes.values())
+
+    def _loss_scaler_state(self) -> dict[str, float]:
+        scaler = self._dynamic_loss_scaler
+        return {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS} if scaler else {}
 
     @property
     def _dynamic_loss_scaler(self) -> Any | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm_dist.data.types import MicroBatch
 from vlm_dist.distributed.group import Ranks
-from vlm_dist.engine.engine import StepOutcome
+from vlm_dist.engine.outcome import StepOutcome
 from vlm_dist.errors import DivergedError
 
 Action = Literal["skip", "fail"]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlm_dist.engine.partitions import Partitions, Piece
+from vlm_dist.engine.slices import ParameterSlice, ReadElements, cut_slices, fill_slices, gather_weights, run_of
 from vlm_dist.engine.trainable_state import NamedState
 from vlm_dist.errors import CheckpointError
 
@@ -67,7 +68,8 @@ class Resharder:
         Raises:
             CheckpointError: on every rank, before anything is changed: the names or shapes are not this model's.
         """
-        problem = self._misfit(parameters) if self._rank == source else None
+        shapes = None if parameters is None else {name: state.master.shape for name, state in parameters.items()}
+        problem = self._misfit(shapes) if self._rank == source else None
         shared = [problem]
         dist.broadcast_object_list(shared, src=source, group=self._group)
         if shared[0] is not None:
@@ -80,6 +82,30 @@ class Resharder:
         self._scatter(part(lambda state: state.master), self._flats(), source)
         self._scatter(part(lambda state: state.exp_avg), self._moment("exp_avg"), source)
         self._scatter(part(lambda state: state.exp_avg_sq), self._moment("exp_avg_sq"), source)
+
+    def own_slices(self) -> list[ParameterSlice]:
+        """Copies of what this rank has to save, where each saves its own. Local."""
+        return cut_slices(self.partitions, self._rank, [self._flats(), *(self._moment(key) for key in MOMENTS)])
+
+    def restore_slices(self, read: ReadElements, shapes: Mapping[str, torch.Size], step: int) -> None:
+        """Fill this rank's masters and moments from what it reads itself. Local.
+
+        Args:
+            read: gives elements of a parameter.
+            shapes: of all parameters that can be read; the same on every rank.
+            step: updates that the optimizer has applied.
+
+        Raises:
+            CheckpointError: before anything is changed: the names or shapes are not this model's.
+        """
+        if (problem := self._misfit(shapes)) is not None:
+            raise CheckpointError(problem)
+        self.create_moments(step)
+        fill_slices(self.partitions, self._rank, [self._flats(), *(self._moment(key) for key in MOMENTS)], read)
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """All parameters in a dtype on rank 0, None elsewhere. Collective: every rank calls this."""
+        return gather_weights(self.partitions, self._flats(), dtype, self._group)
 
     def step(self) -> int:
         """Updates that the optimizer has applied; 0 before the first."""
@@ -131,7 +157,7 @@ class Resharder:
             scratch: memory for what travels; filled by the first call, for the next ones.
         """
         on_cpu = [flat.to("cpu", torch.float32) for flat in flats]  # one copy from the device for each
-        mine = [(piece, _run(on_cpu, piece)) for piece in self.partitions.pieces(self._rank)]
+        mine = [(piece, run_of(on_cpu, piece)) for piece in self.partitions.pieces(self._rank)]
         if self._world_size > 1 and not self.partitions.is_replicated:
             mine = self._exchange(mine, scratch)
         is_copied = holders is not None and dist.get_rank(holders) >= 0
@@ -198,20 +224,20 @@ class Resharder:
             dist.scatter(received, buffers, src=source, group=self._group)
         start = 0
         for piece in self.partitions.pieces(self._rank):
-            _run(flats, piece).copy_(received[start : start + piece.num_elements])
+            run_of(flats, piece).copy_(received[start : start + piece.num_elements])
             start += piece.num_elements
 
-    def _misfit(self, parameters: Mapping[str, NamedState] | None) -> str | None:
-        """Why a state cannot be restored into this model; None if it can."""
-        if parameters is None:
+    def _misfit(self, found: Mapping[str, torch.Size] | None) -> str | None:
+        """Why a state with parameters of these shapes cannot be restored into this model; None if it can."""
+        if found is None:
             return "there is no trainable state to restore"
         shapes = self.partitions.shapes
-        missing = sorted(set(shapes) - set(parameters))
-        unexpected = sorted(set(parameters) - set(shapes))
+        missing = sorted(set(shapes) - set(found))
+        unexpected = sorted(set(found) - set(shapes))
         differing = [
-            f"{name}: {tuple(parameters[name].master.shape)} in the checkpoint, {tuple(shape)} in the model"
+            f"{name}: {tuple(found[name])} in the checkpoint, {tuple(shape)} in the model"
             for name, shape in shapes.items()
-            if name in parameters and any(t.shape != shape for t in vars(parameters[name]).values())
+            if name in found and found[name] != shape
         ]
         reasons = []
         if missing:
@@ -228,8 +254,3 @@ class Resharder:
             + ". Was peft_config.yaml (r, target_modules, "
             "tower policy) or the model changed? Use the checkpoint's resolved_config.yaml, or a new output_dir."
         )
-
-
-def _run(flats: list[Tensor], piece: Piece) -> Tensor:
-    """The piece's elements in this rank's flat tensors, as a view."""
-    return flats[piece.flat].view(-1)[piece.flat_start : piece.flat_start + piece.num_elements]

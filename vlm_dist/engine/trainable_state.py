@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NamedState:
-    """One trainable parameter, whole: float32 tensors on the CPU, of the parameter's shape."""
+    """One trainable parameter: float32 tensors on the CPU, of the parameter's shape; or a run of its elements."""
 
     master: Tensor
     exp_avg: Tensor

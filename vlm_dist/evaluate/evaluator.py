@@ -29,6 +29,7 @@ from vlm_dist.distributed.group import Ranks
 from vlm_dist.evaluate.generation import also_end_with, greedy_config, learned_ends, special_ids
 from vlm_dist.evaluate.predictions import Prediction, normalise_answer, write_predictions
 from vlm_dist.model.checkpointing import base_model
+from vlm_dist.model.compilation import uncompiled
 
 if TYPE_CHECKING:
     from vlm_dist.engine import Engine
@@ -136,7 +137,7 @@ class Evaluator:
         """
         metrics: dict[str, float] = {}
         predictions: list[Prediction] = []
-        with undisturbed(self._engine.module), torch.no_grad():
+        with undisturbed(self._engine.module), uncompiled(self._engine.module), torch.no_grad():
             for number, name in enumerate(self._names):
                 tally = self._ranks_tally(self._measure_loss(number, position))
                 # every held-out sample exactly once, whatever the number of ranks

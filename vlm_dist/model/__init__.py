@@ -1,4 +1,4 @@
-"""Model classes, loading, towers, LoRA and gradient checkpointing.
+"""Model classes, loading, towers, LoRA, gradient checkpointing and compiled blocks.
 
 Exports are lazy: `vlm_dist.model` can be imported before the processor room needs torch and transformers.
 """
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm_dist.model.checkpointing import enable_gradient_checkpointing, run_frozen_towers_without_graph
+    from vlm_dist.model.compilation import check_compilation, compile_blocks, try_compiler
     from vlm_dist.model.loading import load_model, load_processor, parse_dtype, prepare_checkpoint
     from vlm_dist.model.lora import attach_adapter
     from vlm_dist.model.positions import load_rope_index
@@ -22,8 +23,10 @@ _HOMES = {
     "ModelClasses": "registry",
     "Towers": "towers",
     "attach_adapter": "lora",
+    "check_compilation": "compilation",
     "check_quantization": "quantization",
     "check_tokens_are_learned": "vocabulary",
+    "compile_blocks": "compilation",
     "describe_trained": "trained",
     "enable_gradient_checkpointing": "checkpointing",
     "find_towers": "towers",
@@ -40,14 +43,17 @@ _HOMES = {
     "tower_namer": "trained",
     "tower_rates": "trained",
     "tower_table": "trained",
+    "try_compiler": "compilation",
 }
 
 __all__ = [
     "ModelClasses",
     "Towers",
     "attach_adapter",
+    "check_compilation",
     "check_quantization",
     "check_tokens_are_learned",
+    "compile_blocks",
     "describe_trained",
     "enable_gradient_checkpointing",
     "find_towers",
@@ -64,6 +70,7 @@ __all__ = [
     "tower_namer",
     "tower_rates",
     "tower_table",
+    "try_compiler",
 ]
 
 

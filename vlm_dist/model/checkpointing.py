@@ -98,7 +98,7 @@ def run_frozen_towers_without_graph(model: nn.Module) -> list[str]:
         if not _trains(tower):
             names.append(root)
         elif not _starts_trained(base, root):
-            blocks = [name for name in _block_names(base) if is_within(name, (root,))]
+            blocks = [name for name in block_names(base) if is_within(name, (root,))]
             names += blocks[: _first_trained(base, blocks)]
     for name in names:
         module = base.get_submodule(name)
@@ -132,7 +132,7 @@ def _blocks(base: nn.Module) -> dict[str, _Tower | None]:
     """Tower -> its blocks; modules that checkpoint all their blocks by code of their own are blocks themselves."""
     towers = find_towers(base)
     by_tower: dict[str, list[str]] = {"language": [], "projector": [], "vision": []}
-    for name in _block_names(base):
+    for name in block_names(base):
         by_tower[tower_of(name, towers)].append(name)
     is_vision_trained = any(_trains(base.get_submodule(root)) for root in towers["vision"])
     found: dict[str, _Tower | None] = {}
@@ -172,7 +172,7 @@ def chosen_blocks(policy: BlockPolicy, count: int) -> list[int]:
     return list(range(0, count, int(policy.removeprefix("every-"))))
 
 
-def _block_names(base: nn.Module) -> list[str]:
+def block_names(base: nn.Module) -> list[str]:
     """Names of the modules that can checkpoint, the innermost where one holds others."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -200,7 +200,7 @@ def _first_trained(base: nn.Module, names: Sequence[str]) -> int:
 def _starts_trained(base: nn.Module, root: str) -> bool:
     """Whether something of a vision tower beside its blocks and its projector is trained, such as its embeddings."""
     towers = find_towers(base)
-    apart = (*_block_names(base), *(name for name in towers["projector"] if is_within(name, (root,))))
+    apart = (*block_names(base), *(name for name in towers["projector"] if is_within(name, (root,))))
     return any(
         parameter.requires_grad
         for name, parameter in base.named_parameters()

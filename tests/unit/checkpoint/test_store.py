@@ -210,5 +210,5 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     from vlm_dist.checkpoint.layout import sha256_of
 
     (path / "COMPLETE").write_text(sha256_of(path / "training_state.json"))
-    with pytest.raises(CheckpointError, match="format 99, this version reads format 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads formats 1 and 2"):
         Checkpoint.open(path)

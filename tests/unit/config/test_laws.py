@@ -119,7 +119,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "kernels without a proof": (["train.use_liger_kernel=true"], "need Triton on a GPU"),
     "sequence parallelism": (["train.sequence_parallel_size=2"], "takes text alone"),
-    "compiled blocks": (["train.torch_compile=blocks"], "not built yet"),
+    "compiled blocks with an attention that looks for the padding": (
+        ["train.torch_compile=true", "model.loading_params.attn_implementation=flash_attention_2"],
+        "train.torch_compile: got true beside attn_implementation: flash_attention_2",
+    ),
     "every block but none": (["train.gradient_checkpointing_policy.vision=every-1"], "expected all, none, a number"),
     "data_files of a saved dataset": (
         ["data.eval=[{type: hf, path: saved, data_files: a}]"],
@@ -134,6 +137,7 @@ def test_refused(only_problem: Callable[..., str], overrides: list[str], message
 
 
 SAID: dict[str, tuple[list[str], str]] = {
+    "compiler of nothing": (["train.torch_compile_backend=eager"], "has no effect: torch_compile is false"),
     "device_map": ([], "model.loading_params.device_map: auto has no effect: under DeepSpeed the engine places"),
     "device_map cuda": (["model.loading_params.device_map=cuda"], "cuda has no effect"),
     "no evaluation": ([], "data.eval: no held-out samples"),

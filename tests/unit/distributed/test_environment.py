@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from vlm_dist.distributed.environment import Topology, resolve_topology
+from vlm_dist.distributed.rendezvous import expand_hostlist
 from vlm_dist.errors import DistributedError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "15001"}
@@ -48,8 +49,41 @@ def test_torchrun_started_by_srun_has_the_ranks_of_torchrun():
     assert resolve_topology(one_agent_per_node | TORCHRUN) == Topology(3, 4, 1, 2, "torchrun")
 
 
-def test_a_plain_python_in_a_batch_script_or_an_salloc_shell_is_one_process():
-    assert resolve_topology(BATCH_SCRIPT).world_size == 1
+INTERACTIVE_STEP = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "7", "SLURM_JOB_NUM_NODES": "2"},
+        BATCH_SCRIPT | INTERACTIVE_STEP,
+        BATCH_SCRIPT | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"},
+    ],
+    ids=["salloc's shell on the login node", "salloc's shell on a node", "a batch script of one task"],
+)
+def test_a_plain_python_in_an_allocation_is_one_process(environ):
+    assert resolve_topology(environ) == Topology(0, 1, 0, 1, "python")
+
+
+def test_srun_alone_is_enough_the_ranks_meet_at_the_first_node_of_the_step():
+    environ = {name: value for name, value in SRUN.items() if name not in MASTER}
+    lists = {"SLURM_JOB_NODELIST": "gpu[07-10]", "SLURM_STEP_NODELIST": "gpu[09-10]"}
+    assert resolve_topology(environ | lists).rendezvous == ("gpu09", 15007)
+    other_step = resolve_topology(environ | lists | {"SLURM_STEP_ID": "1"}).rendezvous
+    assert other_step == ("gpu09", 15000 + 7 + 7919)
+    assert resolve_topology(SRUN | lists).rendezvous == ("node1", 15001)  # said is said
+
+
+@pytest.mark.parametrize(
+    ("short", "hosts"),
+    [
+        ("a", ["a"]),
+        ("gpu[07-09,11],login", ["gpu07", "gpu08", "gpu09", "gpu11", "login"]),
+        ("r[1-2]n[09-10]-ib", ["r1n09-ib", "r1n10-ib", "r2n09-ib", "r2n10-ib"]),
+    ],
+)
+def test_slurm_writes_names_of_nodes_in_short(short, hosts):
+    assert expand_hostlist(short) == hosts
 
 
 @pytest.mark.parametrize(
@@ -74,6 +108,19 @@ def test_one_node_by_hand_needs_no_local_world_size():
         ({"LOCAL_RANK": "1"}, ["RANK", "WORLD_SIZE"]),
         ({k: v for k, v in DEEPSPEED.items() if k != "MASTER_PORT"}, ["MASTER_PORT"]),
         ({k: v for k, v in SRUN.items() if k != "MASTER_ADDR"}, ["MASTER_ADDR"]),
+        ({k: v for k, v in SRUN.items() if k not in MASTER}, ["MASTER_ADDR", "SLURM_STEP_NODELIST"]),
+        (SRUN | {"MASTER_PORT": "http"}, ["MASTER_PORT", "'http'"]),
+        (SRUN | {"MASTER_PORT": "70000"}, ["MASTER_PORT is 70000"]),
+        (SRUN | {"SLURM_HET_SIZE": "2"}, ["SLURM_HET_SIZE=2"]),
+        (BATCH_SCRIPT, ["SLURM_NTASKS=7", "srun python -m vlm_dist.train"]),
+        (BATCH_SCRIPT | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "2"}, ["SLURM_JOB_NUM_NODES=2", "srun"]),
+        (SRUN | DEEPSPEED | {"LOCAL_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, ["SLURM_STEP_NUM_TASKS=2", "alone"]),
+        (SRUN | TORCHRUN | {"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, ["torchrun 2 times"]),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "1", **MASTER},
+            ["LOCAL_SIZE=2", "LOCAL_WORLD_SIZE=1"],
+        ),
+        ({"PMI_SIZE": "2"}, ["PMI_SIZE=2"]),
         ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, ["SLURM_LOCALID"]),
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_TASKS_PER_NODE"}, ["SLURM_STEP_TASKS_PER_NODE"]),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "four"}, ["SLURM_STEP_TASKS_PER_NODE", "'four'"]),

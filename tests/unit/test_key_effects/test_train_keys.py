@@ -27,6 +27,7 @@ from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.engine import TrainableState
+from vlm_dist.errors import ConfigError
 from vlm_dist.model import attach_adapter, load_model
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
 
@@ -281,6 +282,39 @@ def test_the_best_stays(
 ) -> None:
     changes = {"metric_for_best_model": metric, "greater_is_better": greater, "predict_with_generate": True}
     assert steps_kept(project, tmp_path, (4, 3, 1, 2, 5, 9, 7, 6), **changes) == kept
+
+
+@shows("train.save_in_slices")
+@pytest.mark.parametrize(
+    ("given", "elements", "world_size", "hosts", "expected"),
+    [
+        ("auto", 10**6, 4, ("a",), False),
+        ("auto", 10**9, 4, ("a",), True),
+        ("auto", 10**9, 1, ("a",), False),
+        ("auto", 10**9, 4, ("a", "b"), False),  # each node has a disk of its own
+        (True, 10, 1, ("a",), True),
+        (False, 10**12, 64, ("a",), False),
+    ],
+)
+def test_large_states_are_written_by_all_ranks(
+    project: Project, given: Any, elements: int, world_size: int, hosts: tuple[str, ...], expected: bool
+) -> None:
+    from vlm_dist.checkpoint import Places
+
+    places = Places(tuple(range(len(hosts))), hosts)
+    engine: Any = SimpleNamespace(num_trainable=elements, zero_stage=2)
+    ranks: Any = SimpleNamespace(world_size=world_size)
+    config = project.config({"train.save_in_slices": given})
+    assert build_saving.is_sliced(config, engine, ranks, places) is expected
+
+
+def test_slices_need_a_directory_that_all_nodes_see(project: Project) -> None:
+    from vlm_dist.checkpoint import Places
+
+    nothing: Any = SimpleNamespace()
+    config = project.config({"train.save_in_slices": True})
+    with pytest.raises(ConfigError, match="needs an output_dir that all nodes see"):
+        build_saving.is_sliced(config, nothing, nothing, Places((0, 8), ("a", "b")))
 
 
 @shows("train.run_name")
