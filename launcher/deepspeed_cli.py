@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, ClassVar
 
 from launcher.lifeline import end_with_parent
@@ -86,10 +88,66 @@ class _RecordedPopen(subprocess.Popen[Any]):
     started: ClassVar[list[subprocess.Popen[Any]]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if args and isinstance(args[0], list):
+            args = (
+                narrow_kill(args[0], [str(word) for process in self.started for word in _words(process)]),
+                *args[1:],
+            )
         # the runner's own end, SIGTERM included, would leave all ranks behind: so what it starts is asked to stop then
         kwargs.setdefault("preexec_fn", functools.partial(end_with_parent, signal.SIGTERM, os.getpid()))
         super().__init__(*args, **kwargs)
         self.started.append(self)
+
+
+def _words(process: subprocess.Popen[Any]) -> list[Any]:
+    return process.args if isinstance(process.args, list) else []
+
+
+def narrow_kill(command: list[str], started: Sequence[str]) -> list[str]:
+    """End this run alone on the hosts.
+
+    At Ctrl-C and SIGTERM the runner has every host do `pkill -f "python -u -m deepspeed.launcher.launch"`, which would
+    end all runs there that are started with this Python.
+
+    Args:
+        command: that the runner starts; changed only if it is that one.
+        started: words of the commands before.
+    """
+    port = next((word for word in started if word.startswith("--master_port=")), None)
+    if command[:1] != ["pdsh"] or "pkill -f " not in command or port is None:
+        return command
+    # from its beginning: the shells in between have the same words in their command lines
+    pattern = f"^[^ ]+ -u -m deepspeed.launcher.launch .*{port}( |$)"
+    return [*command[: command.index("pkill -f ")], "pkill -f ", f"'{pattern}'"]
+
+
+def _ask_ranks(number: int, frame: FrameType | None) -> None:
+    """Hand a request to stop to the ranks of this machine, each once: they save, and end with their own exit code.
+
+    DeepSpeed's launcher, which starts them, would end with 1 and leave each 30 s.
+    """
+    import psutil
+
+    for process in _RecordedPopen.started:
+        if "deepspeed.launcher.launch" not in _words(process) or process.poll() is not None:
+            continue
+        try:
+            ranks = psutil.Process(process.pid).children()
+        except psutil.Error:
+            continue
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(number)
+        if not ranks:  # it has not got as far as that
+            process.terminate()
+
+
+def _listen() -> None:
+    """Have requests to stop go to the ranks; over ssh the runner's own handlers take the place of these."""
+    signal.signal(signal.SIGTERM, _ask_ranks)
+    signal.signal(signal.SIGUSR1, _ask_ranks)
+    if os.getsid(0) == os.getpid():  # no terminal, whose Ctrl-C the ranks would get from there
+        signal.signal(signal.SIGINT, _ask_ranks)
 
 
 def main() -> None:
@@ -98,6 +156,7 @@ def main() -> None:
     from deepspeed.launcher import runner  # seconds: only when something is launched
 
     subprocess.Popen = _RecordedPopen  # type: ignore[misc]
+    _listen()
     runner.main(arguments)
     killed = [-process.returncode for process in _RecordedPopen.started if (process.returncode or 0) < 0]
     if killed:

@@ -58,6 +58,14 @@ def test_deepspeed(flag: str, run: TinyRun, reference: dict[int, float]) -> None
     assert ended.output.count(f"done: {STEPS} steps") == 1  # rank 0 speaks for both
 
 
+def test_launch(run: TinyRun, reference: dict[int, float]) -> None:
+    """The same by `vlm-dist launch`, which checks the run and chooses the command."""
+    overrides = sets((*TOGETHER, "train.output_dir=launched"))
+    ended = run.command(["vlm-dist", "launch", "configs/tiny.yaml", "--gpus-per-node", "2", *overrides])
+    assert_same(run, "launched", ended, reference)
+    assert "launch: 2 processes on this machine" in ended.stderr
+
+
 FAKE_SCONTROL = "#!/bin/bash\necho localhost\n"
 # Two tasks on one node at the same time, as Slurm sets them up.
 FAKE_SRUN = """#!/bin/bash

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vlm_dist.cli import config, doctor, plan, quarantine, shards
+from vlm_dist.cli import config, doctor, launch, plan, quarantine, shards
 from vlm_dist.errors import ExitCode, VlmDistError
 
 
@@ -16,13 +16,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; gives back the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        code = options.command(options)  # most give back nothing
     except VlmDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
     except BrokenPipeError:  # `vlm-dist … | head`
         sys.stderr.close()
-    return int(ExitCode.DONE)
+        code = None
+    return int(ExitCode.DONE if code is None else code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +33,6 @@ def _parser() -> argparse.ArgumentParser:
         "or sbatch slurm/train.sbatch.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (config, plan, shards, quarantine, doctor):
+    for module in (config, plan, shards, quarantine, launch, doctor):
         module.add_commands(commands)
     return parser

@@ -362,8 +362,10 @@ def _compilation(draft: Draft) -> Iterator[Finding]:
         return
     attention = loading.attn_implementation
     if attention not in (None, "sdpa", "eager"):
-        message = f"got true beside attn_implementation: {attention}, which looks at the mask to find the padding: a "
-        message += "block is no one graph then; set attn_implementation to sdpa, or torch_compile to false"
+        message = (
+            f"got true beside attn_implementation: {attention}, with which no block has been shown to be one graph "
+            "(flash attention looks at the mask to find the padding); set attn_implementation to sdpa, or this to false"
+        )
         yield Finding(compiled, message, also=(("model", "loading_params", "attn_implementation"),))
 
 

@@ -104,6 +104,8 @@ def init_process_groups(
     Raises:
         DistributedError: the ranks did not find each other.
     """
+    if topology.rendezvous is not None:
+        os.environ.update(MASTER_ADDR=topology.rendezvous[0], MASTER_PORT=str(topology.rendezvous[1]))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if topology.world_size == 1:
         # Nobody else has to know the port, so that any number of single-process runs share a machine.
@@ -132,6 +134,11 @@ def init_process_groups(
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        if topology.rank == 0 and "EADDRINUSE" in str(error):
+            raise DistributedError(
+                f"{address} is taken by another program on this machine, probably another run, so that the ranks "
+                "cannot meet there; choose another: deepspeed --master_port, torchrun --master-port, or MASTER_PORT"
+            ) from error
         raise DistributedError(
             f"rank {topology.rank} of {topology.world_size} could not join the others at {address}: {error}. "
             "Check that all ranks were started, and that MASTER_ADDR and MASTER_PORT are the same everywhere and free."

@@ -76,10 +76,22 @@ def observe(name: str, changes: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         start = {key: p.detach().float().clone() for key, p in module.named_parameters() if p.requires_grad}
         parts.tell_ending(parts.trainer.run())
         moved = {key: p.detach().float() - start[key] for key, p in module.named_parameters() if p.requires_grad}
+        seen["num_compiled"] = sum(m._compiled_call_impl is not None for m in module.modules())
         seen["num_checkpointing"] = sum(getattr(m, "gradient_checkpointing", False) for m in module.modules())
         seen["moved"] = float(torch.cat([change.flatten() for change in moved.values()]).norm())
         seen["checksum"] = float(sum((change.double() ** 3).sum() for change in moved.values()))
-    return seen
+    return seen | compiler_counts()
+
+
+def compiler_counts() -> dict[str, int]:
+    """Graphs since the last call: those that were traced, and those of which a backward was made. Forgets them."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return {"num_traced": 0, "num_differentiated": 0}
+    traced, differentiated = utils.counters["stats"]["unique_graphs"], utils.counters["aot_autograd"]["total"]
+    utils.counters.clear()
+    torch.compiler.reset()
+    return {"num_traced": traced, "num_differentiated": differentiated}
 
 
 def main() -> None:

@@ -41,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train.gradient_checkpointing": True,
         "train.gradient_checkpointing_policy.language": "none",
     },
+    "compiled": {"train.torch_compile": True, "train.torch_compile_backend": "aot_eager"},
+    "traced": {"train.torch_compile": True, "train.torch_compile_backend": "eager"},
     "bf16": {"train.bf16": True, "model.loading_params.torch_dtype": "bfloat16"},
     "one_worker": {"train.dataloader_num_workers": 1, "train.dataloader_prefetch_factor": 1, "train.max_steps": 6},
     "two_workers": {"train.dataloader_num_workers": 2, "train.dataloader_prefetch_factor": 4, "train.max_steps": 6},
@@ -98,6 +100,16 @@ def test_checkpointing_is_for_the_blocks_that_are_named(seen: dict[str, Any]) ->
     assert counts["checkpointing"] - counts["vision_alone"] == 2
     for name in counts:
         assert seen[name]["checksum"] == pytest.approx(seen["plain"]["checksum"], rel=1e-4)
+
+
+@shows("train.torch_compile", "train.torch_compile_backend")
+def test_blocks_are_compiled_by_what_is_named(seen: dict[str, Any]) -> None:
+    """The two blocks of the language model; `eager` runs the traced graph as it is, `aot_eager` makes its backward."""
+    for name, num_compiled in (("plain", 0), ("compiled", 2), ("traced", 2)):
+        assert seen[name]["num_compiled"] == num_compiled
+        assert (seen[name]["num_traced"] > 0) is (num_compiled > 0)
+        assert seen[name]["checksum"] == pytest.approx(seen["plain"]["checksum"], rel=1e-4)
+    assert seen["compiled"]["num_differentiated"] > 0 == seen["traced"]["num_differentiated"]
 
 
 @shows("train.bf16")

@@ -1,0 +1,69 @@
+"""One rank under `srun`: starts the trainer as its child, and writes down how it ended.
+
+What srun gives back is the largest exit code of all ranks. But a rank that fails has the others ended, and those save
+and leave with the code of a preemption, which would win over that of a wrong configuration. So each rank that fails
+leaves a line, by which `launcher.requeue` finds the one that was first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launcher.lifeline import STOP_SIGNALS, end_with_parent, shielded
+
+#: Where the ranks of one life of a job write how they end; on a file system that all nodes see.
+DIRECTORY = "VLM_DIST_LIFE_DIRECTORY"
+#: See `vlm_dist.distributed.progress`, which needs torch's package.
+_STEP_DIRECTORY = "VLM_DIST_STEP_DIRECTORY"
+
+
+def main(command: list[str]) -> int:
+    """Run a rank to its end.
+
+    Args:
+        command: what Python is given: `-m module ...` or a script.
+
+    Returns:
+        The rank's exit code, as a shell tells it.
+    """
+    me = os.getpid()
+    directory = Path(os.environ[DIRECTORY])
+    rank = int(os.environ["SLURM_PROCID"])
+    environment = dict(os.environ)
+    if rank == 0:
+        environment[_STEP_DIRECTORY] = str(directory)  # one rank's steps are all ranks' steps
+    # Slurm signals every process of a task: what is for the trainer reaches it without our help, and must not end us
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    with shielded():  # the trainer lets them in when it listens; before, they would kill it
+        child = subprocess.Popen(  # noqa: S603
+            [sys.executable, *command], env=environment, preexec_fn=lambda: end_with_parent(parent=me)
+        )
+    code = child.wait()
+    if code:
+        write_end(directory, rank, code)
+    return 128 - code if code < 0 else code
+
+
+def write_end(directory: Path, rank: int, code: int) -> None:
+    """Leave the rank's line, whole or not at all.
+
+    Args:
+        directory: of this life of the job.
+        rank: over all nodes.
+        code: exit code; negative for a signal.
+    """
+    temporary = directory / f"rank-{rank:05d}.part"
+    # the nodes' common clock: the order of two ranks matters, and Slurm itself needs clocks that agree
+    temporary.write_text(json.dumps({"code": code, "at": time.time(), "node": os.uname().nodename}))
+    temporary.rename(temporary.with_suffix(".json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
