@@ -136,7 +136,7 @@ class Campaign:
                 "kill in a save", f"SIGKILL {'in' if half else 'before'} {event['kind']} {paths}",
                 table.ONE if number % 4 else table.TWO,
                 [{"point": "file", "number": event["number"], "half": half}],
-                codes=frozenset({-table.KILL}) | table.LOST_PEER, max_lost=SAVE_STEPS,
+                codes=frozenset({-table.KILL}) | table.LOST_PEER, max_lost=table.LOST_WITH_A_SAVE,
             )  # fmt: skip
             fault.name = f"kill-in-a-save-{number}"
             found.append(fault)

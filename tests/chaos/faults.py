@@ -22,6 +22,8 @@ NUM_STEPS = 10
 SAVE_STEPS = 3
 SAVED = (3, 6, 9)
 EVALUATED = (4, 8)
+#: Where a save fails: those since the one before it, and those that are done until all ranks have heard of it.
+LOST_WITH_A_SAVE = SAVE_STEPS + 2
 
 TWO = Layout(2)
 ONE = Layout(1)
@@ -234,13 +236,13 @@ def _disk_full(rng: random.Random) -> Iterator[Fault]:
     yield Fault(
         "", f"no file may grow (RLIMIT_FSIZE) in the save of step {step}", TWO,
         [{"point": "saving", "do": "file_limit", "bytes": 20_000, "step": step, "rank": 0}],
-        codes=failed, says="could not be written",
+        codes=failed, max_lost=LOST_WITH_A_SAVE, says="could not be written",
     )  # fmt: skip
     step = rng.choice(SAVED)
     yield Fault(
         "", f"ENOSPC from the file layer in the save of step {step}", FOUR,
         [{"point": "writing", "do": "error", "errno": 28, "step": step, "rank": 0}],
-        codes=failed, says="No space left",
+        codes=failed, max_lost=LOST_WITH_A_SAVE, says="No space left",
     )  # fmt: skip
     for layout in (TWO, COMMAND):
         step = rng.choice(SAVED)
@@ -248,7 +250,7 @@ def _disk_full(rng: random.Random) -> Iterator[Fault]:
             "", f"a file system that is full in the save of step {step}", layout,
             [{"point": "saving", "do": "command", "step": step, "rank": 0,
               "command": "head -c 64000000 /dev/zero > {output_dir}/filler 2>/dev/null; true"}],
-            codes=failed, says="No space left|could not be written",
+            codes=failed, max_lost=LOST_WITH_A_SAVE, says="No space left|could not be written",
             needs_root=True, before=lambda path: _mount(path, "tmpfs", "size=8m"),
             between=lambda path: (path / "filler").unlink(),
         )  # fmt: skip
@@ -280,7 +282,8 @@ def _read_only(rng: random.Random) -> Iterator[Fault]:
         yield Fault(
             "", f"read-only (EROFS) in the save of step {step}", layout,
             [{"point": "writing", "do": "error", "errno": 30, "step": step, "rank": 0}],
-            codes=frozenset({int(ExitCode.CHECKPOINT)}), says="could not be written.*Read-only",
+            codes=frozenset({int(ExitCode.CHECKPOINT)}), max_lost=LOST_WITH_A_SAVE,
+            says="could not be written.*Read-only",
         )  # fmt: skip
 
 

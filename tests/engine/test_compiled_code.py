@@ -20,7 +20,7 @@ __all__ = ["forgotten"]  # a fixture for every test here
 def test_generated_code_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
     directory = tiny.save_tiny_vlm(tmp_path / "model")
-    batches = [batch(2 * number, *shape) for number, shape in enumerate(SHAPES)]
+    batches = [batch(2 * number, *shape) for number, shape in enumerate(SHAPES[:4])]
     found = []
     for is_compiled in (False, True):
         model = tiny.load_peft(directory).train()

@@ -115,6 +115,8 @@ def compile_blocks(model: nn.Module, backend: str) -> list[Compiled]:
 
     dynamo: Any = importlib.import_module("torch._dynamo")
     dynamo.config.recompile_limit = max(MAX_VARIANTS, dynamo.config.recompile_limit)
+    # else a length that happens to be that of an attention head, when code is made, is taken for the same number
+    importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # type: ignore[attr-defined]
     base = base_model(model)
     towers = find_towers(base)
     by_tower: dict[str, list[nn.Module]] = {"language": [], "projector": [], "vision": []}
