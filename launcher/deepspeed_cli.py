@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
-from launcher.lifeline import end_with_parent
+from launcher.lifeline import STOP_SIGNALS, end_with_parent
 
 #: Options of DeepSpeed's runner that take a value as the next argument (deepspeed.launcher.runner.parse_args).
 #: Needed to find the user's script, after which nothing may be touched; a test compares them with the installed runner.
@@ -85,40 +85,61 @@ def _takes_value(argument: str) -> bool:
 class _RecordedPopen(subprocess.Popen[Any]):
     """Remembers what the runner starts, as the runner itself reports a child that a signal killed as a success."""
 
-    started: ClassVar[list[subprocess.Popen[Any]]] = []
+    started: ClassVar[list[_RecordedPopen]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if args and isinstance(args[0], list):
-            args = (
-                narrow_kill(args[0], [str(word) for process in self.started for word in _words(process)]),
-                *args[1:],
-            )
+        self.environment: dict[str, str] | None = kwargs.get("env")
         # the runner's own end, SIGTERM included, would leave all ranks behind: so what it starts is asked to stop then
         kwargs.setdefault("preexec_fn", functools.partial(end_with_parent, signal.SIGTERM, os.getpid()))
         super().__init__(*args, **kwargs)
         self.started.append(self)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait, as the runner does after it has set its own handlers."""
+        if hosts_command(self.args, signal.SIGTERM) is not None:
+            for number in STOP_SIGNALS:
+                signal.signal(number, _ask_hosts)
+        return super().wait(timeout)
+
+
+def _is_request(process: subprocess.Popen[Any]) -> bool:
+    return any("pgrep -f" in str(word) for word in _words(process))
 
 
 def _words(process: subprocess.Popen[Any]) -> list[Any]:
     return process.args if isinstance(process.args, list) else []
 
 
-def narrow_kill(command: list[str], started: Sequence[str]) -> list[str]:
-    """End this run alone on the hosts.
+def hosts_command(started: Any, number: int) -> list[str] | None:
+    """What hands a signal to the ranks of a run on its hosts.
 
-    At Ctrl-C and SIGTERM the runner has every host do `pkill -f "python -u -m deepspeed.launcher.launch"`, which would
-    end all runs there that are started with this Python.
+    In its place the runner would end pdsh and have every host do `pkill -f "python -u -m deepspeed.launcher.launch"`:
+    all runs there that this Python has started, and the exit codes are lost.
 
     Args:
-        command: that the runner starts; changed only if it is that one.
-        started: words of the commands before.
+        started: command of a process; that of the runner's pdsh begins with `pdsh -S -f 1024 -w HOSTS`.
+        number: the signal.
+
+    Returns:
+        The command; None: the process is something else.
     """
-    port = next((word for word in started if word.startswith("--master_port=")), None)
-    if command[:1] != ["pdsh"] or "pkill -f " not in command or port is None:
-        return command
+    words = [str(word) for word in started] if isinstance(started, list) else []
+    port = next((word for word in words if word.startswith("--master_port=")), None)
+    if words[:1] != ["pdsh"] or port is None:
+        return None
     # from its beginning: the shells in between have the same words in their command lines
-    pattern = f"^[^ ]+ -u -m deepspeed.launcher.launch .*{port}( |$)"
-    return [*command[: command.index("pkill -f ")], "pkill -f ", f"'{pattern}'"]
+    launch = f"^[^ ]+ -u -m deepspeed.launcher.launch .*{port}( |$)"
+    name = signal.Signals(number).name.removeprefix("SIG")
+    return [*words[: words.index("-w") + 2], f"pgrep -f '{launch}' | xargs -r -n1 pkill -{name} -P"]
+
+
+def _ask_hosts(number: int, frame: FrameType | None) -> None:
+    """Hand a request to stop to the ranks of all hosts, and go on waiting for them."""
+    for process in list(_RecordedPopen.started):
+        command = hosts_command(process.args, number)
+        if command is not None and process.poll() is None:
+            # not in our session: a second Ctrl-C is not for it
+            _RecordedPopen(command, env=process.environment, start_new_session=True, preexec_fn=None)
 
 
 def _ask_ranks(number: int, frame: FrameType | None) -> None:
@@ -143,7 +164,7 @@ def _ask_ranks(number: int, frame: FrameType | None) -> None:
 
 
 def _listen() -> None:
-    """Have requests to stop go to the ranks; over ssh the runner's own handlers take the place of these."""
+    """Have requests to stop go to the ranks of this machine; over ssh `_ask_hosts` takes the place of this."""
     signal.signal(signal.SIGTERM, _ask_ranks)
     signal.signal(signal.SIGUSR1, _ask_ranks)
     if os.getsid(0) == os.getpid():  # no terminal, whose Ctrl-C the ranks would get from there
@@ -158,7 +179,8 @@ def main() -> None:
     subprocess.Popen = _RecordedPopen  # type: ignore[misc]
     _listen()
     runner.main(arguments)
-    killed = [-process.returncode for process in _RecordedPopen.started if (process.returncode or 0) < 0]
+    runs = [process for process in _RecordedPopen.started if not _is_request(process)]
+    killed = [-process.returncode for process in runs if (process.returncode or 0) < 0]
     if killed:
         sys.exit(128 + killed[0])  # the shell's way to say "ended by this signal"
 

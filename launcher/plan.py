@@ -15,6 +15,7 @@ from pathlib import Path
 from launcher.hosts import make_export_file, quote_for_hosts, read_hostfile
 from launcher.sbatch_script import fill_options, fill_run, placeholders, read_template
 from vlm_dist.config.masking import masked
+from vlm_dist.distributed.environment import in_slurm_step
 from vlm_dist.distributed.rendezvous import FIRST_PORT, NUM_PORTS
 from vlm_dist.errors import ConfigError
 
@@ -192,6 +193,13 @@ def _allocation(request: Request, environ: Mapping[str, str]) -> LaunchPlan:
     _require_command("srun", "in this allocation")
     nodes = request.nodes or _number(environ, "SLURM_JOB_NUM_NODES")
     command = ["srun", "--export=ALL", "--kill-on-bad-exit=1"]
+    if in_slurm_step(environ):
+        if (_number(environ, "SLURM_STEP_NUM_TASKS") or 1) > 1:
+            raise ConfigError(
+                f"srun has started this {environ['SLURM_STEP_NUM_TASKS']} times (SLURM_STEP_NUM_TASKS); start vlm-dist "
+                "launch once, without srun"
+            )
+        command.append("--overlap")  # the shell of `srun --pty bash` holds what this step needs, and it would wait
     if nodes is not None:
         command.append(f"--nodes={nodes}")
     if request.gpus_per_node is not None:

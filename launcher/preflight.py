@@ -70,8 +70,17 @@ def _is_local(path: str) -> bool:
 
 
 def _exists(path: str) -> bool:
-    path = str(Path(path).expanduser())
-    return Path(path).exists() or bool(glob.glob(_without_braces(path)))  # noqa: PTH207  # absolute patterns, too
+    return Path(path).expanduser().exists() or bool(find_files(path))
+
+
+def find_files(path: str) -> list[Path]:
+    """Files that a local path of a source leads to: itself, the tars of a directory, or those of a pattern."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return sorted(place.rglob("*.tar")) or sorted(file for file in place.iterdir() if file.is_file())
+    if place.is_file():
+        return [place]
+    return sorted(map(Path, glob.glob(_without_braces(str(place)))))  # noqa: PTH207  # absolute patterns, too
 
 
 def _without_braces(path: str) -> str:

@@ -142,12 +142,12 @@ class Cluster:
                 found.append(Process(int(pid), command))
         return found
 
-    def orphans(self, seconds: float = 10) -> dict[str, list[str]]:
-        """What is left of training on nodes that are up, after so long a time to end; empty: nothing."""
+    def orphans(self, nodes: Sequence[str] | None = None, seconds: float = 10) -> dict[str, list[str]]:
+        """What is left of training on nodes (None: all) that are up, after so long a time to end; empty: nothing."""
         deadline = time.monotonic() + seconds
         while True:
             left = {}
-            for node in self.nodes:
+            for node in self.nodes if nodes is None else nodes:
                 if not (self.directory / "run" / f"{node}.pid").exists():
                     continue
                 here = [

@@ -13,12 +13,17 @@ from tests.cluster.cluster import Cluster, running_cluster, why_not
 REQUIRED = "VLM_DIST_REQUIRE_CLUSTER"
 
 
+def give_up_if(reason: str | None) -> None:
+    """Skip the test, loudly; where a cluster is required, fail it."""
+    if reason is None:
+        return
+    if os.environ.get(REQUIRED):
+        pytest.fail(f"{REQUIRED} is set, and there can be no cluster: {reason}")
+    pytest.skip(f"NOTHING ABOUT CLUSTERS IS TESTED: {reason}")
+
+
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    reason = why_not()
-    if reason is not None:
-        if os.environ.get(REQUIRED):
-            pytest.fail(f"{REQUIRED} is set, and there can be no cluster: {reason}")
-        pytest.skip(f"NOTHING ABOUT CLUSTERS IS TESTED: {reason}")
+    give_up_if(why_not())
     with running_cluster(getattr(request.module, "NUM_NODES", 2)) as started:
         yield started

@@ -226,5 +226,5 @@ def test_the_tools_work(run: TinyRun) -> None:
         assert all(slot["shard"].endswith(".tar") and slot["key"] for slot in slots)
     doctor = run.command([tool, "doctor"])
     assert doctor.exit_code == 0, doctor.output
-    assert re.search(r"^torch \d", doctor.stdout, re.MULTILINE)
+    assert re.search(r"^ok +torch +\d", doctor.stdout, re.MULTILINE)
     assert "Traceback" not in doctor.output + plan.output

@@ -81,14 +81,14 @@ def resolve_topology(environ: Mapping[str, str]) -> Topology:
     given = [name for name in RANK_VARIABLES if environ.get(name)]
     if given:
         return _from_rank_variables(environ, given)
-    if _in_slurm_step(environ):
+    if in_slurm_step(environ):
         return _from_slurm(environ)
     _refuse_mpirun(environ)
     _refuse_batch_script(environ)
     return Topology(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="python")
 
 
-def _in_slurm_step(environ: Mapping[str, str]) -> bool:
+def in_slurm_step(environ: Mapping[str, str]) -> bool:
     """Whether srun started this process, or one of its parents, as a task."""
     step = next((environ[name] for name in SLURM_STEP_VARIABLES if environ.get(name)), None)
     if step is None or not environ.get("SLURM_PROCID"):
@@ -103,7 +103,7 @@ def _from_rank_variables(environ: Mapping[str, str], given: list[str]) -> Topolo
         launcher = "torchrun"
     elif environ.get("LOCAL_SIZE") and environ.get("CROSS_SIZE"):
         launcher = "deepspeed"
-    elif _in_slurm_step(environ):
+    elif in_slurm_step(environ):
         launcher = "slurm"
         _refuse_contradiction(environ)
     rank, world_size, local_rank = (_integer(environ, name) for name in RANK_VARIABLES)
@@ -195,7 +195,7 @@ def _refuse_contradiction(environ: Mapping[str, str]) -> None:
 
 def _refuse_launcher_per_task(environ: Mapping[str, str], launcher: Launcher) -> None:
     """`srun --ntasks=8 deepspeed …` starts the launcher 8 times: 8 runs that know nothing of each other."""
-    if not _in_slurm_step(environ) or not environ.get("SLURM_STEP_NUM_TASKS"):
+    if not in_slurm_step(environ) or not environ.get("SLURM_STEP_NUM_TASKS"):
         return
     if (tasks := _integer(environ, "SLURM_STEP_NUM_TASKS")) > 1:
         raise DistributedError(

@@ -142,5 +142,6 @@ def test_an_uncertain_environment_is_refused_and_the_variables_are_named(environ
 
 
 def test_the_resolver_runs_on_a_login_node_without_torch():
-    code = "import sys, vlm_dist.distributed.environment; sys.exit('torch' in sys.modules)"
+    modules = "vlm_dist.distributed.environment, vlm_dist.distributed.process_settings"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'psutil'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

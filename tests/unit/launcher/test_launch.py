@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.plan import count_gpus
+from launcher.deepspeed_cli import hosts_command
+from launcher.plan import count_gpus, free_port_here
 
 PROJECT = Path(__file__).resolve().parents[3]
 TOOL = [sys.executable, "-m", "vlm_dist.cli"]
@@ -221,6 +223,9 @@ def test_inside_an_allocation_the_run_is_a_step_of_it(place):
         "--export=ALL", "--kill-on-bad-exit=1", "--nodes=2", "--ntasks-per-node=4", "--ntasks=8", "--cpus-per-task=6",
     ]  # fmt: skip
     assert srun["argv"][8:] == ["-m", "vlm_dist.train", "--config", "run.yaml"]
+    shell = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # srun --pty bash
+    assert "--overlap" in planned(launch(place, "--dry-run", **job, **shell))
+    assert launch(place, "--dry-run", **job, **shell | {"SLURM_STEP_NUM_TASKS": "8"}).returncode == 2
     here = launch(place, "--local", "--dry-run", **job)
     assert planned(here)[1:] == ["-m", "vlm_dist.train", "--config", "run.yaml"]
 
@@ -276,6 +281,22 @@ sys.exit(9)
 """
 
 
+def stop_when_up(place, command, number, more):
+    """Start, send a signal to this process alone when both ranks are there, and give back the exit code."""
+    with (place / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=place, env=environment(place, **more), stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 90
+            while not ((place / "up-0").exists() and (place / "up-1").exists()):
+                assert process.poll() is None and time.monotonic() < deadline, (place / "log").read_text()
+                time.sleep(0.1)
+            process.send_signal(number)
+            return process.wait(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_under_deepspeed_a_signal_reaches_every_rank_once_and_their_exit_code_comes_back(place, number):
@@ -286,36 +307,51 @@ def test_under_deepspeed_a_signal_reaches_every_rank_once_and_their_exit_code_co
         "sys.exit(run_in_foreground(command, os.environ))"
     )
     more = {"PYTHONPATH": f"{PROJECT}:{place}", "DS_ACCELERATOR": "cpu"}
-    with (place / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=place, env=environment(place, **more), stdout=log, stderr=log
-        )
-        try:
-            deadline = time.monotonic() + 90
-            while not ((place / "up-0").exists() and (place / "up-1").exists()):
-                assert process.poll() is None and time.monotonic() < deadline, (place / "log").read_text()
-                time.sleep(0.1)
-            process.send_signal(number)
-            assert process.wait(timeout=60) == 75, (place / "log").read_text()
-        finally:
-            process.kill()
-            process.wait()
+    assert stop_when_up(place, [sys.executable, "-c", code], number, more) == 75
     for rank in (0, 1):
         assert (place / f"got-{rank}-{number.name}").exists()
 
 
-def test_the_runner_ends_this_run_alone_on_the_hosts():
-    from launcher.deepspeed_cli import narrow_kill
+# pdsh for hosts that are all this machine: the line on each, %n by its number, and the largest exit code (-S).
+LOCAL_PDSH = """#!/bin/bash
+count=$(tr -cd , <<<"$5" | wc -c)
+shift 5
+line="$*"
+pids=()
+for node in $(seq 0 "$count"); do
+    bash -c "${line//%n/$node}" & pids+=($!)
+done
+code=0
+for pid in "${pids[@]}"; do wait "$pid"; one=$?; ((one > code)) && code=$one; done
+exit "$code"
+"""
 
-    first = ["pdsh", "-S", "-w", "a,b", "python", "-u", "-m", "deepspeed.launcher.launch", "--master_port=15001", "x"]
-    kill = [*first[:4], "pkill -f ", "python\\ -u\\ -m\\ deepspeed.launcher.launch"]
-    narrowed = narrow_kill(kill, first)
-    assert narrowed[:5] == [*first[:4], "pkill -f "]
-    pattern = narrowed[5].strip("'")
-    import re
 
+@pytest.mark.e2e
+def test_a_signal_reaches_the_ranks_of_all_hosts_and_their_exit_code_comes_back(place):
+    (place / "vlm_dist_sleeper.py").write_text(SLEEPER)
+    fake(place, "ssh")
+    (place / "bin" / "pdsh").write_text(LOCAL_PDSH)
+    (place / "bin" / "pdsh").chmod(0o755)
+    (place / "hosts").write_text("host1 slots=1\nhost2 slots=1\n")
+    port = free_port_here()
+    command = [sys.executable, "-m", "launcher.deepspeed_cli", "--hostfile", "hosts", "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(port), "-m", "vlm_dist_sleeper"]
+    code = f"import sys, os\nfrom launcher.foreground import *\nsys.exit(run_in_foreground({command!r}, os.environ))"
+    more = {"PYTHONPATH": f"{PROJECT}:{place}", "DS_ACCELERATOR": "cpu"}
+    assert stop_when_up(place, [sys.executable, "-c", code], signal.SIGTERM, more) == 75
+    assert (place / "got-0-SIGTERM").exists()
+    assert (place / "got-1-SIGTERM").exists()
+
+
+def test_the_request_on_the_hosts_is_for_this_run_alone():
+    words = ["pdsh", "-S", "-f", "1024", "-w", "a,b", "export A=b; ", "cd /x;", "python", "--master_port=15001"]
+    command = hosts_command(words, signal.SIGUSR1)
+    assert command[:6] == words[:6]
+    assert command[6].endswith("| xargs -r -n1 pkill -USR1 -P")
+    pattern = command[6].split("'")[1]
     line = "/x/python -u -m deepspeed.launcher.launch --node_rank=0 --master_port=15001"
     assert re.search(pattern, f"{line} -m vlm_dist.train")
     assert not re.search(pattern, f"{line}9 -m vlm_dist.train")
     assert not re.search(pattern, f"bash -c export A=b; {line} -m vlm_dist.train")
-    assert narrow_kill(first, []) == first
+    assert hosts_command([sys.executable, "--master_port=15001"], signal.SIGUSR1) is None
