@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint chaos
+.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint chaos cluster
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ demo: $(STAMP)  ## the main job on the embedded data set, and its proof (DEMO=sh
 	$(BIN)/python -m vlm_dist.demo --zero $(ZERO) $(if $(filter short,$(DEMO)),--short)
 
 test: $(STAMP)  ## all tests but the opt-in ones (JOBS=2, PYTEST_ARGS=...)
-	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not long" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(STAMP)  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
@@ -61,6 +61,9 @@ bench-scale: $(STAMP)  ## the planner with 10^9 samples and 1024 ranks; padding 
 
 chaos: $(STAMP)  ## every fault of the campaign, through whole runs (SEED=7, ONLY=kind)
 	$(BIN)/python -m tests.chaos --seed $(SEED) $(if $(ONLY),--only "$(ONLY)")
+
+cluster: $(STAMP)  ## all tests on a Slurm and ssh cluster of this machine, failing nodes included (root, ten minutes)
+	VLM_DIST_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -m cluster $(PYTEST_ARGS)
 
 bench-checkpoint: $(STAMP)  ## bytes, stall and time to resume of checkpoints, beside DeepSpeed's own (BENCH=quick: under a minute)
 	$(BIN)/python -m tests.bench.checkpoint $(if $(filter quick,$(BENCH)),--quick)

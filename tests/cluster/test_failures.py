@@ -19,7 +19,7 @@ from tests.cluster.sbatch import edited_script
 from tests.tiny_run import TinyRun, make_tiny_run
 from vlm_dist.data.ledger import LedgerSample, read_ledger
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 NUM_NODES = 3
 STEPS = 36
