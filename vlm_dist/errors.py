@@ -8,7 +8,6 @@ Anything else that escapes is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import ClassVar
 
 
 class ExitCode(IntEnum):
@@ -29,7 +28,7 @@ class ExitCode(IntEnum):
 class VlmDistError(Exception):
     """Base of all errors with a user-facing message."""
 
-    exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
+    exit_code: ExitCode = ExitCode.FAILURE
 
 
 class ConfigError(VlmDistError):

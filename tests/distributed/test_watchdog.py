@@ -130,7 +130,7 @@ def fail_or_be_killed(ranks: Ranks, is_killed: bool, directory: Path) -> tuple[s
                 raise RuntimeError("CUDA out of memory")
             ranks.barrier()
     except LostPeerError as error:
-        return "lost", str(error)
+        return f"lost {int(error.exit_code)}", str(error)
     except RuntimeError as error:
         sys.stderr.flush()
         if "/gloo/" not in str(error) and ranks.rank == 1:
@@ -149,6 +149,8 @@ def test_the_others_say_who_left_and_why(is_killed: bool, tmp_path: Path) -> Non
     run_doomed_ranks(note, 3)
     results = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 2)]
     for told in results:
+        code = ExitCode.DISTRIBUTED if is_killed else ExitCode.FAILURE  # a launcher may look at any rank first
+        assert told.startswith(f"('lost {int(code)}'")
         if is_killed:
             assert "another rank is gone: rank 1, last heard of" in told
         else:

@@ -11,7 +11,7 @@ from vlm_dist.config.train import TrainConfig
 from vlm_dist.distributed.group import LostPeerError, Ranks, is_lost_peer
 from vlm_dist.distributed.signals import AskedToStop
 from vlm_dist.distributed.watchdog import FIRST_USE_SECONDS, Watchdog
-from vlm_dist.errors import VlmDistError
+from vlm_dist.errors import ExitCode, VlmDistError
 
 #: A collective gives up so much later than the watchdog, which has more to say.
 _MARGIN = timedelta(minutes=5)
@@ -37,16 +37,18 @@ def told_clearly(settings: TrainConfig, ranks: Ranks) -> Iterator[None]:
             raise
         except Exception as error:
             if isinstance(error, LostPeerError) or (isinstance(error, RuntimeError) and is_lost_peer(error)):
+                who = watchdog.who_is_gone()
                 raise LostPeerError(
-                    f"{watchdog.who_is_gone()} (its own message is above, or on its node): {_first_line(error)}. "
-                    "Continue from the newest checkpoint with train.resume=auto"
+                    f"{who} (its own message is above, or on its node): {_first_line(error)}. "
+                    "Continue from the newest checkpoint with train.resume=auto",
+                    watchdog.exit_code_of_gone(),
                 ) from error
             if isinstance(error, VlmDistError):
-                watchdog.close(_first_line(error))
+                watchdog.close(_first_line(error), error.exit_code)
                 raise
             what = f"{type(error).__name__}: {_first_line(error)}"
             _say(f"error: rank {ranks.rank} failed at {ranks.progress.mark}: {what}")
-            watchdog.close(what)
+            watchdog.close(what, ExitCode.FAILURE)
             raise
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from vlm_dist.distributed.environment import Topology
 from vlm_dist.distributed.progress import Progress
 from vlm_dist.distributed.signals import AskedToStop, StopRequest, describe_stop
-from vlm_dist.errors import DistributedError
+from vlm_dist.errors import DistributedError, ExitCode
 
 T = TypeVar("T")
 
@@ -152,7 +152,16 @@ def init_process_groups(
 
 
 class LostPeerError(DistributedError):
-    """A collective failed because another rank left or did not answer in time."""
+    """A collective failed because another rank left or did not answer in time.
+
+    Args:
+        message: for the user.
+        exit_code: that of the rank which failed, where it is known.
+    """
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.DISTRIBUTED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

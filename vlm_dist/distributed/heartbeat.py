@@ -47,6 +47,7 @@ class Beat:
         num_samples: how many it has.
         age_seconds: how long the rank has been there, by its own monotonic clock.
         left: its last word; "": it is there.
+        exit_code: it leaves with that one, where it has failed by itself.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Beat:
     num_samples: int
     age_seconds: float
     left: str = ""
+    exit_code: int = 0
 
     @property
     def has_failed(self) -> bool:
@@ -105,6 +107,7 @@ class Heartbeats:
         self.last_exchange = time.monotonic()
         self._number = 0
         self._left = ""
+        self._exit_code = 0
         self._proposed: Verdict | None = None
         self._is_told = threading.Event()  # the last word is out
         self._wake = threading.Event()
@@ -128,14 +131,16 @@ class Heartbeats:
         self._proposed = verdict
         self._wake.set()
 
-    def leave(self, last_word: str, *, and_end: bool = True, wait_seconds: float = 3.0) -> None:
+    def leave(self, last_word: str, exit_code: int = 0, *, and_end: bool = True, wait_seconds: float = 3.0) -> None:
         """Tell the others that this rank leaves; gives up where the store does not answer.
 
         Args:
             last_word: `ENDED`, or what has failed.
+            exit_code: of this rank, where it has failed.
             and_end: the thread ends, too.
             wait_seconds: the most that it may take.
         """
+        self._exit_code = exit_code
         self._left = last_word
         self._closing = and_end
         self._is_told.clear()
@@ -182,6 +187,7 @@ class Heartbeats:
             len(mark.samples),
             round(self._own_age(), 1),
             self._left,
+            self._exit_code,
         )
         return json.dumps(asdict(beat))
 

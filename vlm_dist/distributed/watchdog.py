@@ -71,17 +71,18 @@ class Watchdog:
     ) -> None:
         self.close()
 
-    def close(self, last_word: str = ENDED) -> None:
+    def close(self, last_word: str = ENDED, exit_code: int = 0) -> None:
         """End watching; tell the others why this rank leaves. May be called twice.
 
         Args:
             last_word: what has failed here, in a line.
+            exit_code: this rank's, where it has failed.
         """
         if self._closing.is_set():
             return
         self._closing.set()
         if self._beats is not None:
-            self._beats.leave(last_word)
+            self._beats.leave(last_word, exit_code)
 
     def who_is_gone(self) -> str:
         """After a collective has failed: which rank is gone, and where it was, as far as the heartbeats tell it.
@@ -98,6 +99,15 @@ class Watchdog:
                 break
             time.sleep(0.2)
         return self._describe_gone(patience * 0.7)
+
+    def exit_code_of_gone(self) -> ExitCode:
+        """The exit code of the rank that failed by itself; else that of a rank that was lost.
+
+        All ranks end with it: which of them a launcher looks at first is chance, and a wrong configuration must not
+        look like a lost node.
+        """
+        codes = [beat.exit_code for beat in self._others().values() if beat.has_failed and beat.exit_code]
+        return ExitCode(codes[0]) if codes else ExitCode.DISTRIBUTED
 
     def _own_age(self) -> float:
         return time.monotonic() - self._moved_at
@@ -132,7 +142,7 @@ class Watchdog:
             first = 0.0 if mark.phase in self._ranks.progress.known_phases else FIRST_USE_SECONDS
             # Asked first: a rank that is gone explains why this one stands still.
             if self._beats is not None and stood_still > self._silence_seconds and self._is_alone(now):
-                self._conclude(ExitCode.DISTRIBUTED, f"error: {self._describe_gone(self._silence_seconds)}")
+                self._conclude(self.exit_code_of_gone(), f"error: {self._describe_gone(self._silence_seconds)}")
             elif stood_still > self._hang_seconds + first:
                 self._conclude(ExitCode.HANG, self._describe_hang())
 
