@@ -97,7 +97,12 @@ class TinyRun:
 
 
 def make_tiny_run(
-    directory: Path, *, num_images: int = 40, num_clips: int = 8, dtype: torch.dtype = torch.float32
+    directory: Path,
+    *,
+    num_images: int = 40,
+    num_clips: int = 8,
+    dtype: torch.dtype = torch.float32,
+    shape: TinyShape = SHAPE,
 ) -> TinyRun:
     """Write model, shards and configs. Pictures have different sizes and answers different lengths.
 
@@ -106,8 +111,9 @@ def make_tiny_run(
         num_images: of the training source `images`; the held-out source has 5.
         num_clips: of the training source `clips`; the held-out source has 3.
         dtype: of the checkpoint, and of `torch_dtype`; bf16 is on for bfloat16.
+        shape: of the model.
     """
-    save_tiny_qwen2_vl(directory / "model", SHAPE, dtype=dtype)
+    save_tiny_qwen2_vl(directory / "model", shape, dtype=dtype)
     rng = np.random.default_rng(0)
     for name, count in (("images", num_images), ("images-heldout", 5)):
         with ShardWriter(directory / "data" / name, prefix="images", max_samples=16) as writer:
