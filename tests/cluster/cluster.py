@@ -100,6 +100,19 @@ class Cluster:
         """Run a command in a node."""
         return self._run([str(SCRIPT), "on", node, *command], environ or os.environ, cwd, timeout_seconds)
 
+    def begin(
+        self, node: str, *command: str, environ: Mapping[str, str], cwd: Path, output: Path
+    ) -> subprocess.Popen[bytes]:
+        """Start a command in a node, and leave it running; what it says goes to a file."""
+        with output.open("wb") as file:
+            return subprocess.Popen(
+                [str(SCRIPT), "on", node, *command],
+                env={**environ, **self._settings},
+                cwd=cwd,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
     def _run(
         self, command: Sequence[str], environ: Mapping[str, str], cwd: Path | None, timeout_seconds: float
     ) -> Finished:
