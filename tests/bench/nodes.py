@@ -23,11 +23,11 @@ from safetensors import safe_open
 
 from tests.bench.nodes_page import page
 from tests.bench.report import ROOT, Report, write_page
-from tests.bench.wire_formula import Layout, bytes_sent_by_a_node
 from tests.cluster.cluster import Cluster, Job, running_cluster, why_not
 from tests.cluster.sbatch import edited_script
 from tests.tiny_run import TinyRun, make_tiny_run
 from vlm_dist.demo.tiny_model import TinyShape
+from vlm_dist.distributed.zero_traffic import Traffic
 
 COMMAND = "make bench-nodes"
 #: A step of this takes less than a second, and ZeRO-3 has to gather 20 MB for it.
@@ -54,7 +54,7 @@ class Sent:
         step_seconds: rate -> seconds of a step.
     """
 
-    layout: Layout
+    layout: Traffic
     step_bytes: dict[str, float]
     step_seconds: dict[str, float]
 
@@ -149,7 +149,7 @@ def train(cluster: Cluster, run: TinyRun, stage: int, rates: Sequence[str]) -> S
         job.wait()
     notes = [read_notes(log / f"rank-{rank}") for rank in range(num_nodes)]
     adapter = next((run.directory / name).glob("*/adapter_model.safetensors"))
-    layout = Layout(
+    layout = Traffic(
         stage,
         num_nodes,
         ACCUMULATION,
@@ -220,10 +220,10 @@ def sizes(path: Path) -> list[int]:
 def add_figures(report: Report, sent: Sent) -> None:
     """Print one layout."""
     layout = sent.layout
-    name = f"ZeRO-{layout.stage}, {layout.num_nodes} nodes"
-    formula = bytes_sent_by_a_node(layout)
+    name = f"ZeRO-{layout.stage}, {layout.num_ranks} nodes"
+    formula = layout.sent_bytes
     report.add(f"{name}/step", sent.step_seconds[UNSHAPED], "s")
-    if layout.num_nodes == 1:
+    if layout.num_ranks == 1:
         return
     report.add(
         f"{name}/sent by a node", sent.step_bytes[UNSHAPED], "B/step", aim=AIM_OVER_FORMULA * formula,

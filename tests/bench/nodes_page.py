@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tests.bench.wire_formula import Layout, bytes_sent_by_a_node
+from vlm_dist.distributed.zero_traffic import Traffic
 
 #: One that a user may have: 7B, LoRA of r 16 on all linear layers, 8 micro-batches a step, over NCCL.
-LARGE = Layout(stage=2, num_nodes=2, accumulation=8, num_trained=40_000_000, num_gathered=7_600_000_000)
+LARGE = Traffic(stage=2, num_ranks=2, accumulation=8, num_trained=40_000_000, num_gathered=7_600_000_000)
 LARGE_LINKS = {"1 Gbit/s": 1e9, "10 Gbit/s": 10e9, "100 Gbit/s": 100e9, "400 Gbit/s": 400e9}
 LARGE_NODES = (2, 8, 64)
+#: Of a node.
+LARGE_RANKS = 8
 
 #: Layout, bytes and seconds of a step by rate.
-Row = tuple[Layout, Mapping[str, float], Mapping[str, float]]
+Row = tuple[Traffic, Mapping[str, float], Mapping[str, float]]
 
 
 def page(rows: Sequence[Row], rates: Mapping[str, float], unshaped: str) -> str:
@@ -37,19 +39,20 @@ def _bytes(rows: Sequence[Row], unshaped: str) -> list[str]:
         "## Bytes that each node sends in an optimizer step",
         "",
         "By the counters of the nodes' network devices, votes, heartbeats and Slurm's own traffic included, beside the",
-        "formula of `tests/bench/wire_formula.py`. P: elements that are trained; B: of the base; A: micro-batches;",
+        "formula of `vlm_dist/distributed/zero_traffic.py`. n: elements that are trained; N: of the base that are",
+        "cut; A: micro-batches; W: ranks, here one a node;",
         "gradients are summed in float32 (4 B), weights are sent in bfloat16 (2 B).",
         "",
-        "| stage | formula, x (N-1)/N | nodes | sent | formula | sent / formula |",
+        "| stage | formula, x (W-1)/W | nodes | sent | formula | sent / formula |",
         "|---|---|---|---|---|---|",
     ]
-    terms = {1: "8 P + 2 P", 2: "A 8 P + 2 P", 3: "A (4 P + 4 B) + 2 P; gloo: A (8 P + 4 B) + 2 P"}
-    for layout, sent, _ in sorted(rows, key=lambda row: (row[0].stage, row[0].num_nodes)):
-        if layout.num_nodes == 1:
+    terms = {1: "8n + 2n", 2: "A 8n + 2n", 3: "A (4n + 4N) + 2n; gloo: A (8n + 4N) + 2n"}
+    for layout, sent, _ in sorted(rows, key=lambda row: (row[0].stage, row[0].num_ranks)):
+        if layout.num_ranks == 1:
             continue
-        formula = bytes_sent_by_a_node(layout)
+        formula = layout.sent_bytes
         lines.append(
-            f"| ZeRO-{layout.stage} | {terms[layout.stage]} | {layout.num_nodes} | {sent[unshaped] / 1e6:.2f} MB "
+            f"| ZeRO-{layout.stage} | {terms[layout.stage]} | {layout.num_ranks} | {sent[unshaped] / 1e6:.2f} MB "
             f"| {formula / 1e6:.2f} MB | {sent[unshaped] / formula:.3f} |"
         )
     return [
@@ -74,20 +77,20 @@ def _seconds(rows: Sequence[Row], rates: Mapping[str, float], unshaped: str) -> 
         "| stage | nodes | step, links as they are | " + " | ".join(rates) + " |",
         "|---|---|---|" + "---|" * len(rates),
     ]
-    for layout, sent, seconds in sorted(rows, key=lambda row: (row[0].stage, row[0].num_nodes)):
+    for layout, sent, seconds in sorted(rows, key=lambda row: (row[0].stage, row[0].num_ranks)):
         cells = [
             f"{seconds[name] - seconds[unshaped]:.2f} s ({8 * sent[name] / rate:.2f})" if name in seconds else "-"
             for name, rate in rates.items()
         ]
         lines.append(
-            f"| ZeRO-{layout.stage} | {layout.num_nodes} | {seconds[unshaped]:.2f} s | " + " | ".join(cells) + " |"
+            f"| ZeRO-{layout.stage} | {layout.num_ranks} | {seconds[unshaped]:.2f} s | " + " | ".join(cells) + " |"
         )
     return [*lines, ""]
 
 
 def _scaling(rows: Sequence[Row], rates: Mapping[str, float]) -> list[str]:
     """Of the measured model."""
-    alone = {layout.stage: next(iter(seconds.values())) for layout, _, seconds in rows if layout.num_nodes == 1}
+    alone = {layout.stage: next(iter(seconds.values())) for layout, _, seconds in rows if layout.num_ranks == 1}
     lines = [
         "## Scaling, computed",
         "",
@@ -97,12 +100,12 @@ def _scaling(rows: Sequence[Row], rates: Mapping[str, float]) -> list[str]:
         "| stage | nodes | " + " | ".join(rates) + " |",
         "|---|---|" + "---|" * len(rates),
     ]
-    for layout, sent, _ in sorted(rows, key=lambda row: (row[0].stage, row[0].num_nodes)):
-        if layout.num_nodes == 1 or layout.stage not in alone:
+    for layout, sent, _ in sorted(rows, key=lambda row: (row[0].stage, row[0].num_ranks)):
+        if layout.num_ranks == 1 or layout.stage not in alone:
             continue
         step = alone[layout.stage]
         cells = [f"{step / (step + 8 * next(iter(sent.values())) / rate):.0%}" for rate in rates.values()]
-        lines.append(f"| ZeRO-{layout.stage} | {layout.num_nodes} | " + " | ".join(cells) + " |")
+        lines.append(f"| ZeRO-{layout.stage} | {layout.num_ranks} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
@@ -128,7 +131,7 @@ def _large() -> list[str]:
     ]
     for name, variant in variants.items():
         for num_nodes in LARGE_NODES:
-            sent = bytes_sent_by_a_node(replace(variant, num_nodes=num_nodes))
+            sent = replace(variant, num_ranks=LARGE_RANKS * num_nodes).sent_bytes
             cells = [f"{8 * sent / rate:.3g} s" for rate in LARGE_LINKS.values()]
             lines.append(f"| {name} | {num_nodes} | {sent / 1e9:.3g} GB | " + " | ".join(cells) + " |")
     return [

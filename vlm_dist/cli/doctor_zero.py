@@ -1,4 +1,4 @@
-"""Which ZeRO stage a network bears: what each stage sends (docs/zero.md), over what was measured."""
+"""Which ZeRO stage a network bears: what each stage sends, over what was measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+
+from vlm_dist.distributed.zero_traffic import Traffic
 
 #: A safetensors header is never larger.
 _MAX_HEADER_BYTES = 100_000_000
@@ -60,8 +62,8 @@ class ZeroCost:
     """What a step costs on the slowest link.
 
     Attributes:
-        zero2_bytes: of a step under ZeRO-2, for each rank: 4n in every micro-batch, 2n at the end.
-        zero3_bytes: of a step under ZeRO-3: 4N + 4n in every micro-batch.
+        zero2_bytes: of a step under ZeRO-2, for each rank.
+        zero3_bytes: of a step under ZeRO-3.
         zero2_seconds, zero3_seconds: over the bandwidth, if nothing hides it.
     """
 
@@ -80,9 +82,10 @@ def zero_cost(size: ModelSize, accumulation: int, num_ranks: int, bytes_per_seco
         num_ranks: W.
         bytes_per_second: of the slowest link, in each direction.
     """
-    share = (num_ranks - 1) / num_ranks
-    zero2 = share * size.trainable * (4 * accumulation + 2)
-    zero3 = share * accumulation * (4 * size.total + 4 * size.trainable)
+    zero2, zero3 = (
+        Traffic(stage, num_ranks, accumulation, num_trained=size.trainable, num_gathered=size.total).sent_bytes
+        for stage in (2, 3)
+    )
     return ZeroCost(zero2, zero3, zero2 / bytes_per_second, zero3 / bytes_per_second)
 
 

@@ -155,8 +155,8 @@ def test_the_size_of_a_model_is_read_from_headers(tmp_path):
 def test_zero_follows_from_the_formula_and_the_measured_link():
     size = ModelSize(7_600_000_000, 40_000_000)
     slow = zero_cost(size, accumulation=2, num_ranks=16, bytes_per_second=1.25 * GB)
-    assert slow.zero2_bytes == pytest.approx(15 / 16 * (2 * 4 + 2) * 40e6)
-    assert slow.zero3_seconds == pytest.approx(15 / 16 * 2 * 4 * 7.64e9 / 1.25e9)
+    assert slow.zero2_bytes == pytest.approx(15 / 16 * (2 * 8 + 2) * 40e6)
+    assert slow.zero3_seconds == pytest.approx(15 / 16 * (2 * 4 * 7.64e9 + 2 * 40e6) / 1.25e9)
     big, small = 80 * 2**30, 16 * 2**30
     assert "ZeRO-2: ZeRO-3 would gather" in advise(size, slow, 2, big, several_nodes=True)
     assert "zero3_hpz" in advise(size, slow, 2, small, several_nodes=True)
