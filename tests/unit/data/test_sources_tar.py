@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_dist.cli.main import main
 from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.data.sources import open_source
@@ -47,6 +48,15 @@ def test_shards_are_found(shards, pattern):
     assert source.columns == ("png", "txt", "answer", "question", "image")
     assert source.name == "data"
     assert source.manifest_hash == open_source(tar(shards)).manifest_hash
+
+
+def test_a_shard_that_is_gone_is_told_where_the_directory_is_meant(shards):
+    (shards / "train-000001.tar").rename(shards / "train-000001.tar.away")
+    with pytest.raises(DataError, match=r"1 shard of its manifest\.json is not there, first train-000001\.tar; bring it"):
+        open_source(tar(shards))
+    assert len(open_source(tar(shards / "*.tar"))) == 6  # what is there
+    assert main(["shards", "index", str(shards)]) == 0  # as the message says
+    assert len(open_source(tar(shards))) == 6
 
 
 def test_rows_are_read(shards):
@@ -154,7 +164,7 @@ def test_a_shard_that_changes_under_the_run_is_an_error_not_other_data(shards):
     with pytest.raises(DataError, match=r"train-000000\.tar.*not at the place"):
         source.read(1)
     shard.unlink()
-    again = open_source(tar(shards))
+    again = open_source(tar(shards / "*.tar"))
     (shards / "train-000001.tar").unlink()
     with pytest.raises(DataError, match=r"train-000001\.tar: cannot open the shard"):
         again.read(0)

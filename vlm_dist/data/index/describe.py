@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from vlm_dist.data.index.manifest import Manifest, ShardEntry, read_manifest, unfinished_builds
+from vlm_dist.data.index.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, unfinished_builds
 from vlm_dist.data.index.open_index import MAX_COMPARED, known_entry, recheck, stamp_of, stat_shard
 from vlm_dist.data.index.parallel import default_workers, estimate_seconds, index_shards, workers_for
 from vlm_dist.data.index.progress import ShardProgress
@@ -30,7 +30,9 @@ _MAX_LISTED = 20
 log = logging.getLogger(__name__)
 
 
-def describe_shards(paths: Sequence[Path], index_dir: Path | None = None, pattern: str | None = None) -> Manifest:
+def describe_shards(
+    paths: Sequence[Path], index_dir: Path | None = None, pattern: str | None = None, whole: Collection[Path] = ()
+) -> Manifest:
     """Make the manifest of some shards from their directories' manifests and from their indexes.
 
     Shards that have changed since they were indexed are indexed again, and so are those without an index where that is
@@ -40,12 +42,15 @@ def describe_shards(paths: Sequence[Path], index_dir: Path | None = None, patter
         paths: the shards.
         index_dir: where indexes lie, and go, that cannot be beside their shard.
         pattern: what the user calls these shards, for commands in messages.
+        whole: directories of which all shards are meant.
 
     Raises:
         DataError: if a shard is missing or damaged (all of them are named), or indexing takes too long.
     """
     statuses = [stat_shard(path) for path in paths]
-    entries = _trusted_entries(paths, statuses, index_dir)
+    manifests = {folder: _by_name(read_manifest(folder)) for folder in {path.parent for path in paths}.union(whole)}
+    _refuse_gone(manifests, paths, whole)
+    entries = _trusted_entries(paths, statuses, manifests, index_dir)
     unsure = [i for i, entry in enumerate(entries) if entry is None]
     if unsure:
         where = pattern or _common_pattern([paths[i] for i in unsure])
@@ -75,16 +80,34 @@ def _tell_unfinished(paths: Sequence[Path], folders: Sequence[Path]) -> None:
                 )  # fmt: skip
 
 
+def _by_name(manifest: Manifest | None) -> dict[str, ShardEntry]:
+    return {shard.name: shard for shard in manifest.shards} if manifest else {}
+
+
+def _refuse_gone(
+    manifests: Mapping[Path, Mapping[str, ShardEntry]], paths: Sequence[Path], whole: Collection[Path]
+) -> None:
+    """A shard that its directory's manifest lists has to be there: without a word, training would be on less data."""
+    present = set(paths)
+    for folder in whole:
+        gone = [name for name in manifests[folder] if folder / name not in present]
+        if gone:
+            raise DataError(
+                f"{folder}: {_counted(len(gone), 'shard')} of its {MANIFEST_NAME} {'is' if len(gone) == 1 else 'are'} "
+                f"not there, first {gone[0]}; bring {'it' if len(gone) == 1 else 'them'} back, or, if that is meant, "
+                f"run: vlm-dist shards index {shlex.quote(str(folder))}"
+            )
+
+
 def _trusted_entries(
-    paths: Sequence[Path], statuses: Sequence[os.stat_result], index_dir: Path | None
+    paths: Sequence[Path],
+    statuses: Sequence[os.stat_result],
+    manifests: Mapping[Path, Mapping[str, ShardEntry]],
+    index_dir: Path | None,
 ) -> list[ShardEntry | None]:
     """Find the shards whose size and time are those that were indexed."""
-    manifests: dict[Path, dict[str, ShardEntry]] = {}
     entries: list[ShardEntry | None] = []
     for path, status in zip(paths, statuses, strict=True):
-        if path.parent not in manifests:
-            manifest = read_manifest(path.parent)
-            manifests[path.parent] = {shard.name: shard for shard in manifest.shards} if manifest else {}
         entry = manifests[path.parent].get(path.name)
         fits = entry is not None and (entry.num_bytes, entry.stamp) == (status.st_size, stamp_of(status))
         has_index = fits and sidecar_paths(path, None)[0].is_file()

@@ -96,4 +96,5 @@ def open_storage(
     if not paths:
         raise DataError(f"{where}: no shards")
     shown = patterns[0] if len(patterns) == 1 else None
-    return LocalShards(paths, index_dir), describe_shards(paths, index_dir, shown)
+    whole = [folder for pattern in patterns if (folder := Path(pattern).expanduser()).is_dir()]
+    return LocalShards(paths, index_dir), describe_shards(paths, index_dir, shown, whole)
