@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,14 @@ class TinyRun:
     def losses(self, output_dir: str) -> dict[int, float]:
         """Loss by position; logged exactly, so that equality means equality of bits."""
         return {record["step"]: record["loss"] for record in self.metrics(output_dir)}
+
+
+def wait_for_text(log: Path, text: str, writer: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Until a file has a text; the command that writes it must not end before."""
+    deadline = time.monotonic() + seconds
+    while text not in (said := log.read_text(errors="replace")):
+        assert writer.poll() is None and time.monotonic() < deadline, said
+        time.sleep(0.2)
 
 
 def make_tiny_run(

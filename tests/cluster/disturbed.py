@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.cluster.cluster import Cluster, Job
+from tests.cluster.cluster import Cluster, Job, Process
 from tests.cluster.sbatch import edited_script
 from tests.tiny_run import TinyRun
 from vlm_dist.data.ledger import LedgerSample, read_ledger
@@ -56,6 +56,12 @@ def output_of(job: Job, life: int) -> str:
 def steps_of(job: Job, life: int) -> list[int]:
     """Steps that were done in one of its lives."""
     return [int(number) for number in re.findall(rf"  step (\d+)/{STEPS}  epoch", output_of(job, life))]
+
+
+def find_trainer(cluster: Cluster, node: str) -> Process:
+    """The rank of a node, not what has started it."""
+    started = cluster.processes(node, "-m vlm_dist.train --config")
+    return next(process for process in started if "launcher." not in process.command)
 
 
 def nodes_of(cluster: Cluster, job: Job) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from tests.cluster.cluster import Cluster, Job
 from tests.cluster.disturbed import (
     assert_undisturbed,
+    find_trainer,
     nodes_of,
     output_of,
     report,
@@ -40,8 +41,7 @@ def job(cluster: Cluster, run: TinyRun) -> Iterator[Job]:
 
 def kill_rank(cluster: Cluster, node: str) -> None:
     """The trainer of that node, as the kernel does when memory is short."""
-    trainer = next(p for p in cluster.processes(node, "-m vlm_dist.train --config") if "launcher." not in p.command)
-    assert cluster.on(node, "kill", "-KILL", str(trainer.pid)).exit_code == 0
+    assert cluster.on(node, "kill", "-KILL", str(find_trainer(cluster, node).pid)).exit_code == 0
 
 
 def do(command: str) -> Callable[[Cluster, str], None]:

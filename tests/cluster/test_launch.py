@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 
 from tests.cluster.cluster import Cluster, Job
-from tests.tiny_run import TinyRun, make_tiny_run
+from tests.tiny_run import TinyRun, make_tiny_run, wait_for_text
 
 pytestmark = pytest.mark.cluster
 
@@ -58,10 +57,7 @@ class OverSsh:
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
         """Until its output has a text."""
-        deadline = time.monotonic() + seconds
-        while text not in self.output:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.output
-            time.sleep(0.2)
+        wait_for_text(self.log, text, self.process, seconds)
 
     def signal(self, name: str) -> None:
         """Send a signal to the command itself, as `kill` does."""
