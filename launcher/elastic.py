@@ -78,12 +78,14 @@ def _describe(code: int) -> str:
 def read_outcome(directory: Path, agent_code: int) -> Outcome:
     """What the ranks of a start have written down.
 
-    A code that no other start can better wins; else the first that failed, as the others only followed.
+    A code that no other start can better wins; else the first that failed, as the others only followed. With 75, too:
+    the agent ends them with SIGTERM.
     """
+    hopeless = FINAL - {ExitCode.PREEMPTED}
     ends = []
     for path in directory.glob("rank-*.json"):
         told = json.loads(path.read_text())
-        ends.append((told["code"] not in FINAL, told["at"], int(path.stem[5:]), told["code"]))
+        ends.append((told["code"] not in hopeless, told["at"], int(path.stem[5:]), told["code"]))
     steps = [int.from_bytes(path.read_bytes()[:8], "little", signed=True) for path in directory.glob("step-*")]
     step = max(steps, default=-1)
     failed = sorted(end for end in ends if end[3] != 0)

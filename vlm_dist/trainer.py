@@ -56,6 +56,19 @@ class Cadence:
         return interval > 0 and (position % interval == 0 or position == self.num_steps)
 
 
+@dataclass(frozen=True)
+class Owed:
+    """What a resumed run has to do at the position where it starts; the same on all ranks.
+
+    Attributes:
+        save: the checkpoint is not among those of this run: one that ended before its first own save could not resume.
+        evaluation: the run before has saved there, and ended before it had evaluated.
+    """
+
+    save: bool = False
+    evaluation: bool = False
+
+
 class Evaluates(Protocol):
     """What the loop needs of an evaluator."""
 
@@ -126,6 +139,7 @@ class Trainer:
         ledger: is told the samples of each step; None: nobody asks for them.
         nonfinite: judges steps that were not applied; None: they are skipped, up to 10 in a row.
         explaining: a context that explains a want of memory.
+        owed: what of `start` is still to be done.
     """
 
     def __init__(
@@ -144,6 +158,7 @@ class Trainer:
         ledger: Records | None = None,
         nonfinite: NonfiniteSteps | None = None,
         explaining: Explains = _unexplained,
+        owed: Owed = Owed(),
     ) -> None:
         self.engine = engine
         self.feed = feed
@@ -159,9 +174,11 @@ class Trainer:
         self.nonfinite = nonfinite or NonfiniteSteps("skip", 10, ranks, log.message)
         self.position = start
         self._has_targets = start > 0  # a resumed run has had some before
-        self._saved_at = start if start else -1
+        self._owed = owed
+        self._saved_at = start if start and not owed.save else -1
         self._evaluated_at = -1
         self._window = MetricWindow()
+        self._unreported: tuple[StepPlan, StepOutcome | None] | None = None  # the last step, while it is in no line
 
     def run(self) -> Ending:
         """Train. Collective: every rank calls this.
@@ -183,7 +200,9 @@ class Trainer:
 
     def _run(self) -> Ending:
         self.ranks.progress.at("data wait", self.position)
-        if self.cadence.eval_on_start and self.position == 0:
+        if self._owed.save:
+            self._save()
+        if self._owed.evaluation or (self.cadence.eval_on_start and self.position == 0):
             self._evaluate()
         for fetched in self.feed if self.position < self.cadence.last_step else ():
             if fetched.verdict.ranks_with("save_error"):
@@ -251,11 +270,19 @@ class Trainer:
         return outcome
 
     def _report(self, plan: StepPlan, outcome: StepOutcome | None) -> None:
-        """Log the window when it is due; the only place that waits for the device."""
-        ends_here = self.position == self.cadence.last_step and self.cadence.logging_steps > 0
-        if not ends_here and not self.cadence.due(self.position, self.cadence.logging_steps):
+        """Log the window when it is due."""
+        self._unreported = (plan, outcome)
+        ends_here = self.position == self.cadence.last_step
+        if ends_here or self.cadence.due(self.position, self.cadence.logging_steps):
+            self._report_window()
+        if self._unreported is not None:
             self.log.advance(self.position)
+
+    def _report_window(self) -> None:
+        """Log the steps since the last line, if there are any; the only place that waits for the device."""
+        if self._unreported is None or self.cadence.logging_steps == 0:
             return
+        (plan, outcome), self._unreported = self._unreported, None
         sums = torch.tensor(self._window.rank_sums(), dtype=torch.float64)
         dist.all_reduce(sums, group=self.ranks.control)
         metrics = self._window.flush(
@@ -291,6 +318,7 @@ class Trainer:
     def _save_and_wait(self) -> None:
         """Have this position on the disk, before anything ends. Collective: every rank calls this."""
         self._save()
+        self._report_window()  # a run that goes on from here begins a window of its own
         self.saver.finish()
 
     def _examples(self, fetched: FeedStep) -> list[str]:

@@ -52,7 +52,7 @@ def violations(directory: Path, reference: Reference, *, same_layout: bool) -> I
         for name in names:
             yield from _file(directory / place / name, reference.directory / place / name, same_layout)
     yield from _metrics(directory / "metrics.jsonl", reference.directory / "metrics.jsonl", same_layout)
-    left = sorted(path.name for path in directory.iterdir() if path.name.startswith("."))
+    left = sorted({path.name for path in directory.iterdir() if path.name.startswith(".")} - {".saved-by.json"})
     if left:
         yield f"left behind: {', '.join(left)}"
 

@@ -165,6 +165,44 @@ def test_the_others_say_who_left_and_why(is_killed: bool, tmp_path: Path) -> Non
         )
 
 
+def fail_by_itself(ranks: Ranks, phase: str, directory: Path, results: Any) -> None:
+    """Rank 1 fails, rank 0 hears of it and is taking its run apart, the others wait in a collective of NCCL."""
+    sys.stderr = (directory / f"stderr-{ranks.rank}").open("w")
+
+    def end(code: int) -> None:
+        results.put((ranks.rank, code, time.monotonic()))
+        os._exit(0)
+
+    watchdog = Watchdog(ranks, 60.0, directory / "stacks", end)
+    with watchdog:
+        ranks.progress.at(phase)
+        time.sleep(1.5)
+        if ranks.rank == 1:
+            watchdog.close("ConfigError: too large", ExitCode.CONFIG)
+            end(-1)
+        if ranks.rank == 0:
+            with ranks.progress.until_leaving():
+                pass
+            time.sleep(8.0)
+            end(0)
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("phase", ["forward", "start-up"])
+def test_a_rank_that_has_failed_is_not_waited_for(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "SILENCE_SECONDS", 30.0)
+    monkeypatch.setattr(watchdog_module, "FAILED_SECONDS", 1.0)
+    results = multiprocessing.get_context("fork").SimpleQueue()
+    run_doomed_ranks(fail_by_itself, 3, phase, tmp_path, results, timeout_seconds=20.0)
+    ends = {}
+    while not results.empty():
+        rank, code, at = results.get()
+        ends[rank] = code, at
+    assert {rank: code for rank, (code, _) in ends.items()} == {0: 0, 1: -1, 2: int(ExitCode.CONFIG)}
+    assert ends[2][1] - ends[1][1] < 6.0
+    assert "rank 1 has left at" in (tmp_path / "stderr-2").read_text()
+
+
 def alone(ranks: Ranks, directory: Path) -> list[int]:
     codes: list[int] = []
     with Watchdog(ranks, 1.0, directory, codes.append):

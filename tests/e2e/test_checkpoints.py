@@ -82,6 +82,34 @@ def test_the_best_and_every_fourth_stay(tiny_run: TinyRun, kept: Finished) -> No
     assert marked["value"] == pytest.approx(losses[best])
 
 
+def test_a_run_told_to_go_on_from_an_earlier_one_never_returns_to_what_it_left(
+    tiny_run: TinyRun, kept: Finished
+) -> None:
+    """It may end before its first save, and is then started again with resume=auto."""
+    assert kept.exit_code == 0
+    left = tiny_run.directory / "left"
+    shutil.copytree(tiny_run.directory / "kept", left)
+    records = [json.loads(line) for line in (left / "metrics.jsonl").read_text().splitlines()]
+    unfinished = [record for record in records if (record["kind"], record["step"]) != ("eval", 4)]
+    (left / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in unfinished))
+    (left / "best_checkpoint.json").unlink()
+    common = (*COMMON, "train.resume=left/checkpoint-4", "train.stop_at_step=4", "train.eval_steps=2")
+    best = ("train.metric_for_best_model=eval_loss", "train.save_total_limit=1", "train.save_keep_steps=4")
+    ended = tiny_run.train(*common, *best, "train.output_dir=left")
+    assert ended.exit_code == 0, ended.output[-3000:]
+    assert max(checkpoints(left)) == 4  # else resume=auto would take the 6 that was left
+    assert (left / "superseded-1-checkpoint-6").is_dir()
+    # killed between the save and its evaluation, which is made up for: it may be the best
+    wanted = next(record for record in tiny_run.metrics("kept", "eval") if record["step"] == 4)
+    found = [record for record in tiny_run.metrics("left", "eval") if record["step"] == 4]
+    assert [record["images/loss"] for record in found] == pytest.approx([wanted["images/loss"]])
+    assert json.loads((left / "best_checkpoint.json").read_text())["step"] == 4
+
+    elsewhere = tiny_run.train(*common, "train.output_dir=elsewhere")
+    assert elsewhere.exit_code == 0, elsewhere.output[-3000:]
+    assert checkpoints(tiny_run.directory / "elsewhere") == [4]  # else resume=auto would begin at 0
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_on_all_ranks(tiny_run: TinyRun) -> None:
     output = tiny_run.directory / "stuck"
     output.mkdir()

@@ -215,6 +215,20 @@ def test_advice_follows_the_configuration(run: TinyRun, monkeypatch: pytest.Monk
     assert "peft.r" not in last and "zero3" not in last
 
 
+def test_an_evaluation_has_advice_and_samples_of_its_own(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.directory)
+    config = load_run(run.config, ["train.per_device_train_batch_size=8", "peft.r=64"])
+    guard = memory_check.MemoryGuard(config, 2, False, dict, torch.device("cpu"))
+    guard.progress.at("evaluation", step=7, samples=["heldout/0.tar:3"])
+    with pytest.raises(ConfigError) as caught, guard.explaining("evaluation at step 7"):
+        raise MemoryError
+    message = str(caught.value)
+    assert "samples heldout/0.tar:3" in message
+    assert "1. train.per_device_eval_batch_size: 4 -> 2" in message
+    for useless in ("per_device_train_batch_size", "gradient_checkpointing", "peft.r:"):
+        assert useless not in message
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_that_is_too_small_is_told(run: TinyRun) -> None:

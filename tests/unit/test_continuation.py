@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.tiny_run import make_tiny_run
-from vlm_dist.build.continuation import check_config
+from vlm_dist.build.continuation import check_config, is_own
 from vlm_dist.checkpoint import Checkpoint
 from vlm_dist.config import RunConfig, load_run
 from vlm_dist.errors import CheckpointError
@@ -63,6 +65,36 @@ def test_another_model_or_other_new_tokens_are_refused(
             continued(run_file, tmp_path, monkeypatch, override)
     (notice,) = continued(run_file, tmp_path, monkeypatch, "model.processor_params.max_pixels=50176")
     assert notice == "model.processor_params.max_pixels: None in the checkpoint, now 50176"
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("run/checkpoint-3", True),
+        ("other/checkpoint-3", False),
+        ("run/superseded-1-checkpoint-3", False),  # resume=auto does not look at it
+    ],
+)
+def test_what_an_automatic_resume_would_find(path: str, wanted: bool, tmp_path: Path) -> None:
+    config: Any = SimpleNamespace(train=SimpleNamespace(output_dir=tmp_path / "run"))
+    ranks: Any = SimpleNamespace(gather_objects=lambda value: [value])
+    assert is_own(config, Checkpoint(tmp_path / path, 3, {}), ranks) is wanted
+
+
+def test_another_revision_is_another_model(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_file.parent.parent)
+    common, own = "model.loading_params.revision=", "model.model_classes={model: {loading_params: {revision: aa}}}"
+    for before, after in ((f"{common}aa", f"{common}bb"), (f"{common}aa", f"{common}null"), (own, "train.seed=42")):
+        checkpoint = Checkpoint(tmp_path, 3, {}, load_run(run_file, [before]).to_yaml())
+        with pytest.raises(CheckpointError, match=r"of another model or adapter:\n.*revision: 'aa' in the checkpoint"):
+            check_config(load_run(run_file, [after]), checkpoint)
+    (notice,) = continued(run_file, tmp_path, monkeypatch, f"{common}aa")
+    assert notice == "model.loading_params.revision: None in the checkpoint, now 'aa'"
+
+
+def test_what_is_said_of_accumulation_is_true(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (notice,) = continued(run_file, tmp_path, monkeypatch, "train.gradient_accumulation_steps=4")
+    assert notice.endswith("; but the samples per step belong to the run, and accumulation follows from them")
 
 
 def test_a_signature_made_anew_is_no_difference_and_no_secret_is_told(

@@ -18,12 +18,15 @@ from vlm_dist.distributed.progress import Progress
 from vlm_dist.engine import StepOutcome
 from vlm_dist.errors import CheckpointError, DataError
 from vlm_dist.loss import token_loss_sum
-from vlm_dist.trainer import Cadence, Ending, Trainer, seed_micro_batch
+from vlm_dist.trainer import Cadence, Ending, Owed, Trainer, seed_micro_batch
 
 FIELDS = (
     *("stop", "fetch_error", "save_error"),
     *("num_target_tokens", "num_samples", "num_tokens", "num_computed_tokens", "null_decode"),
 )
+
+
+NOTHING = Owed()
 
 
 class Engine:
@@ -139,7 +142,9 @@ def ranks(tmp_path: Any) -> Any:
     dist.destroy_process_group()
 
 
-def make(ranks: Any, steps: Any, start: int = 0, **cadence: Any) -> tuple[Trainer, Engine, Log, list[int]]:
+def make(
+    ranks: Any, steps: Any, start: int = 0, owed: Owed = NOTHING, **cadence: Any
+) -> tuple[Trainer, Engine, Log, list[int]]:
     engine, log, saved = Engine(), Log(), []
     settings = {"num_steps": 10, "logging_steps": 0, "eval_steps": 0, "save_steps": 0} | cadence
 
@@ -154,6 +159,7 @@ def make(ranks: Any, steps: Any, start: int = 0, **cadence: Any) -> tuple[Traine
         evaluator=evaluator,
         seed=42,
         start=start,
+        owed=owed,
     )
     return trainer, engine, log, saved
 
@@ -185,6 +191,16 @@ def test_a_stop_request_saves_before_the_step_it_was_voted_with(ranks: Any) -> N
     trainer, engine, _, saved = make(ranks, feed(0, 10, events={4: {"stop": 1}}))
     assert trainer.run() is Ending.PREEMPTED
     assert (saved, trainer.position, engine.calls.count("step")) == ([4], 4, 4)
+
+
+def test_a_run_that_is_stopped_logs_the_steps_since_the_last_line(ranks: Any) -> None:
+    """The one that goes on has a window of its own: they would be in no line."""
+    trainer, _, log, saved = make(ranks, feed(0, 10, events={4: {"stop": 1}}), logging_steps=3)
+    assert trainer.run() is Ending.PREEMPTED
+    assert (saved, log.steps) == ([4], [3, 4])
+    trainer, _, log, _ = make(ranks, feed(0, 10, events={4: {"stop": 1}}), logging_steps=0)
+    assert trainer.run() is Ending.PREEMPTED
+    assert log.steps == []
 
 
 def test_stop_at_step_ends_there_and_keeps_the_schedule(ranks: Any) -> None:
@@ -228,6 +244,14 @@ def test_a_resumed_run_does_not_save_its_start_again(ranks: Any) -> None:
     trainer, engine, _, saved = make(ranks, feed(6, 10), start=6, save_steps=2)
     assert trainer.run() is Ending.COMPLETE
     assert (saved, engine.calls.count("step")) == ([8, 10], 4)
+
+
+@pytest.mark.parametrize("start", [6, 10])
+def test_what_the_run_before_has_left_undone_comes_first(ranks: Any, start: int) -> None:
+    trainer, _, log, saved = make(ranks, feed(start, 10), start=start, owed=Owed(True, True), eval_steps=3)
+    assert trainer.run() is Ending.COMPLETE
+    assert (saved, log.evals) == (([6, 10], [6, 9, 10]) if start == 6 else ([10], [10]))
+    assert trainer.saver.judged == log.evals  # type: ignore[attr-defined]
 
 
 def test_dropout_depends_on_the_micro_batch_and_not_on_who_runs_it(ranks: Any) -> None:

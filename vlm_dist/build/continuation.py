@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlm_dist import __version__
 from vlm_dist.checkpoint import Checkpoint, CheckpointStore, Places, RunFacts, find_places
+from vlm_dist.checkpoint.layout import checkpoint_name
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch
 from vlm_dist.config.masking import without_secrets
@@ -20,7 +22,9 @@ from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine
 from vlm_dist.errors import CheckpointError
+from vlm_dist.observability.log import MetricLog
 from vlm_dist.optim import make_lr_schedule
+from vlm_dist.trainer import Cadence, Owed
 
 
 def fit_batch(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> BatchArithmetic:
@@ -39,10 +43,17 @@ def prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks) 
     places = find_places(output_dir, ranks)
     with agree_on_failure(ranks):
         if places.is_writer:
-            if config.train.resume is False and store.latest() is not None:
+            resume = config.train.resume
+            if resume is False and store.has_any():
                 raise CheckpointError(
                     f"{output_dir} has checkpoints of an earlier run, and resume is false; set train.resume=auto to "
                     "continue it, or another train.output_dir"
+                )
+            is_path = resume is not False and resume != "auto"
+            if is_path and Path(str(resume)).resolve().parent != output_dir.resolve() and store.has_any():
+                raise CheckpointError(
+                    f"{output_dir} has checkpoints of another run than {resume}; set train.resume=auto to continue "
+                    "that run, or another train.output_dir to go on from there"
                 )
             store.recover()
     return places
@@ -136,11 +147,40 @@ def _describe_length(config: RunConfig, checkpoint: Checkpoint, plan: Plan) -> s
     )
 
 
+def is_own(config: RunConfig, checkpoint: Checkpoint | None, ranks: Ranks) -> bool:
+    """Whether a checkpoint is one that an automatic resume of the run would find. Collective: every rank calls this."""
+    if checkpoint is None:
+        return False
+    found = config.train.output_dir.resolve() / checkpoint_name(checkpoint.step)  # not one that was set aside there
+    return ranks.gather_objects(checkpoint.path.resolve() == found)[checkpoint.owner]  # where the path was found
+
+
+def find_owed(cadence: Cadence, start: int, log: MetricLog, ranks: Ranks, *, is_own: bool) -> Owed:
+    """What a resumed run does before its first step. Collective: every rank calls this.
+
+    Args:
+        cadence: of the run.
+        start: steps that are done.
+        log: knows on rank 0 which evaluations are done.
+        ranks: of the run.
+        is_own: see above.
+    """
+    if start == 0:
+        return Owed()
+    is_missing = not ranks.broadcast_object(log.has_eval(start))
+    return Owed(save=not is_own, evaluation=cadence.due(start, cadence.eval_steps) and is_missing)
+
+
 #: What makes the adapter another one: a checkpoint of other values is not continued.
 FIXED = (
     "model_id",
     *(f"peft.{key}" for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")),
     *(f"peft.{key}" for key in ("modules_to_save", "quantization", "towers")),
+    "model.processor_params.new_special_tokens",
+)
+#: Those of them with which an adapter has other tensors, so that nothing could be taken over.
+OTHER_WEIGHTS = (
+    *(f"peft.{key}" for key in ("r", "target_modules", "bias", "use_dora", "modules_to_save", "towers")),
     "model.processor_params.new_special_tokens",
 )
 #: What says where and how far to run, and changes nothing of what is learned.
@@ -163,21 +203,33 @@ def check_config(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     written = yaml.safe_load(checkpoint.resolved_config) or {}
     saved = _flat(without_secrets(written))  # a signature that was made anew is no difference
     now = _flat(yaml.safe_load(config.to_yaml()))
-    own = f"model.model_classes.{config.model_id}.processor_params"
+    entry = f"model.model_classes.{config.model_id}"
+    own, revisions = f"{entry}.processor_params", ("model.loading_params.revision", f"{entry}.loading_params.revision")
     compared = saved.keys() & now.keys()  # what another version did not know has not been changed
-    compared |= {key for key in saved.keys() | now.keys() if _is_within(key, ("model.processor_params", own))}
+    compared |= {
+        key for key in saved.keys() | now.keys() if _is_within(key, ("model.processor_params", own, *revisions))
+    }
     differing = [key for key in sorted(compared) if saved.get(key) != now.get(key)]
     lines = {key: f"{key}: {saved.get(key)!r} in the checkpoint, now {now.get(key)!r}" for key in differing}
-    always = (*FIXED, f"{own}.new_special_tokens")
+    if (accumulation := "train.gradient_accumulation_steps") in lines:
+        lines[accumulation] += "; but the samples per step belong to the run, and accumulation follows from them"
+    # a revision that is named now, and was not, may be the one that was loaded
+    always = (*FIXED, f"{own}.new_special_tokens", *(key for key in revisions if saved.get(key) is not None))
     fixed = [lines[key] for key in differing if _is_within(key, always)]
     if fixed and "model" in config.train.resume_anyway:
         fixed[0] = f"train.resume_anyway has model: the weights were learned with another one. {fixed[0]}"
     elif fixed:
+        fits = not any(_is_within(key, OTHER_WEIGHTS) for key in differing)
         raise CheckpointError(
             f"{checkpoint.path} is of another model or adapter:\n  "
             + "\n  ".join(fixed)
-            + "\nrestore the values of the checkpoint, or start a new run in another train.output_dir; or go on "
-            "all the same with train.resume_anyway=[model]: the weights were learned with what the checkpoint has"
+            + "\nrestore the values of the checkpoint, or start a new run in another train.output_dir"
+            + (
+                "; or go on all the same with train.resume_anyway=[model]: the weights were learned with what the "
+                "checkpoint has"
+                if fits
+                else ""
+            )
         )
     return [*fixed, *(lines[key] for key in differing if not _is_within(key, (*FREE, *always)))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from vlm_dist.data.types import MicroBatch, Source
 from vlm_dist.data.worst_case import WorstCase
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
+from vlm_dist.distributed.progress import Progress
 from vlm_dist.engine import Engine
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family
@@ -25,6 +26,8 @@ from vlm_dist.model.compilation import compile_message, is_compile_error
 
 _GIB = 2**30
 _NUM_SAMPLES_NAMED = 8
+#: Phases in which nothing is trained.
+_EVALUATING = ("evaluation", "generation")
 #: How memory that ran out is told by what has no error of its own for it.
 _SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "can't allocate memory")
 
@@ -49,6 +52,7 @@ class MemoryGuard:
         is_offloaded: whether the optimizer's state lies in the machine's memory already.
         held_bytes: what the engine holds between steps, by part.
         device: of this rank.
+        progress: of this rank: an evaluation has other samples, and other settings.
     """
 
     config: RunConfig
@@ -56,6 +60,7 @@ class MemoryGuard:
     is_offloaded: bool
     held_bytes: Callable[[], dict[str, int]]
     device: torch.device
+    progress: Progress = field(default_factory=Progress)
 
     @contextmanager
     def explaining(self, doing: str, micro_batch: MicroBatch | None = None) -> Iterator[None]:
@@ -88,9 +93,13 @@ class MemoryGuard:
             more = len(micro_batch.origins) - len(named)
             if named:
                 lines.append(f"samples: {', '.join(named)}" + (f" and {more} more" if more > 0 else ""))
+        mark = self.progress.mark
+        if (is_evaluation := mark.phase in _EVALUATING) and mark.samples:
+            lines.append(str(mark))
         lines.append(self._figures())
         lines.append("what to change, in this order, until it fits:")
-        lines += [f"  {number}. {advice}" for number, advice in enumerate(self.advice(), start=1)]
+        found = self._advice_on_evaluation() if is_evaluation else self.advice()
+        lines += [f"  {number}. {advice}" for number, advice in enumerate(found, start=1)]
         return "\n".join(lines)
 
     def advice(self) -> list[str]:
@@ -112,6 +121,26 @@ class MemoryGuard:
         if train.packing:
             tokens = pack_budget(self.config).max_tokens
             found.append(f"train.pack_max_tokens: {tokens} -> {tokens // 2}; train.pack_max_patches limits pictures")
+        found += self._advice_on_samples()
+        if peft.r > 8 and "lora" in peft.towers.model_dump().values():
+            halved = max(1, peft.lora_alpha // 2)
+            found.append(
+                f"peft.r: {peft.r} -> {peft.r // 2} and peft.lora_alpha: {peft.lora_alpha} -> {halved} (the same scale)"
+            )
+        return found + self._advice_on_weights()
+
+    def _advice_on_evaluation(self) -> list[str]:
+        """The same where nothing is trained: no gradient, and batches of another size."""
+        train = self.config.train
+        found = []
+        if (size := train.per_device_eval_batch_size) > 1:
+            found.append(f"train.per_device_eval_batch_size: {size} -> {size // 2} (the same figures)")
+        if self.progress.mark.phase == "generation" and (tokens := train.generation_max_new_tokens) > 1:
+            found.append(f"train.generation_max_new_tokens: {tokens} -> {tokens // 2}")
+        return found + self._advice_on_samples() + self._advice_on_weights()
+
+    def _advice_on_samples(self) -> list[str]:
+        found = []
         collator = self.config.collator
         if collator.data_processing.image_data:
             side = collator.image_processing.max_size
@@ -124,16 +153,15 @@ class MemoryGuard:
             found.append(f"collator.video_processing.frame_extraction.num_frames: {count} -> {max(1, count // 2)}")
         longest = collator.text_processing.max_length
         found.append(f"collator.text_processing.max_length: {longest} -> {longest // 2}")
-        if peft.r > 8 and "lora" in peft.towers.model_dump().values():
-            halved = max(1, peft.lora_alpha // 2)
-            found.append(
-                f"peft.r: {peft.r} -> {peft.r // 2} and peft.lora_alpha: {peft.lora_alpha} -> {halved} (the same scale)"
-            )
+        return found
+
+    def _advice_on_weights(self) -> list[str]:
+        found = []
         if self.zero_stage < 3:
             found.append("deepspeed: zero3.json (every rank holds a part of the frozen weights alone)")
         if not self.is_offloaded:
             found.append("deepspeed: zero3_offload.json (weights and optimizer in the machine's memory; slow)")
-        if peft.quantization == "none" and self.zero_stage < 3:
+        if self.config.peft.quantization == "none" and self.zero_stage < 3:
             found.append("peft.quantization: nf4 (the frozen weights in 4 bits)")
         return found
 
@@ -217,7 +245,8 @@ def guard_memory(
     Raises:
         ConfigError: the largest micro-batch does not fit.
     """
-    guard = MemoryGuard(config, engine.zero_stage, is_offloaded(ds_config), engine.held_bytes, engine.device)
+    is_on_cpu = is_offloaded(ds_config)
+    guard = MemoryGuard(config, engine.zero_stage, is_on_cpu, engine.held_bytes, engine.device, ranks.progress)
     if is_checked(config, engine.device, ds_config):
         report(check_memory(engine, guard, ranks, make, config.train.seed))
     if engine.head.all_positions is not None:

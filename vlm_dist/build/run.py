@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_dist.build.continuation import check_continuation, fit_batch, prepare_output_dir, run_facts
+from vlm_dist.build.continuation import check_continuation, find_owed, fit_batch, is_own, prepare_output_dir, run_facts
 from vlm_dist.build.data import (
     describe_plan,
     lookahead_steps,
@@ -25,10 +25,11 @@ from vlm_dist.build.lengths import describe_lengths, make_lengths
 from vlm_dist.build.memory_check import guard_memory, make_worst_case
 from vlm_dist.build.model import make_model
 from vlm_dist.build.parts import ds_merger, make_engine, make_evaluator, make_pool
-from vlm_dist.build.saving import make_saver
+from vlm_dist.build.saving import check_best_metric, make_saver
 from vlm_dist.checkpoint import (
     CheckpointStore,
     choose_checkpoint,
+    leave_later_checkpoints,
     open_starting_point,
     restore_checkpoint,
     save_adapter,
@@ -108,7 +109,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
     """Build all parts of a run, and take them apart again in the reverse order. Collective: every rank calls this."""
     train_config = config.train
     ranks.leave_if_asked()
-    with ExitStack() as stack:
+    with ExitStack() as stack, ranks.progress.until_leaving():
         log = MetricLog(
             train_config.output_dir,
             rank=ranks.rank,
@@ -140,6 +141,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
             if train_config.torch_compile:
                 try_compiler(train_config.torch_compile_backend)
         with agree_on_failure(ranks):
+            check_best_metric(config, eval_sources)
             processor, family = make_processor(config)
             materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
         planned_with = checkpoint.info["plan"].get("lengths") if checkpoint is not None else None
@@ -191,6 +193,11 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
             lambda: make_worst_case(config, train_sources, eval_sources, processor, family, batch.per_device),
         )
 
+        is_ours = is_own(config, checkpoint, ranks)
+        if is_ours and train_config.resume != "auto":
+            leave_later_checkpoints(store, ranks, places, start)
+        owed = find_owed(cadence, start, log, ranks, is_own=is_ours)
+
         # The loop's own parts; whatever has processes or files is closed with the stack.
         quarantine = stack.enter_context(Quarantine(train_config.output_dir, ranks.rank))
         ledger = None
@@ -202,7 +209,16 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
         pool = make_pool(config, materialise, has_gpu)
         stack.callback(pool.close)
         facts = run_facts(config, batch, engine, ranks, plan.num_steps)
-        saver = make_saver(config, ranks, engine, places, plan.num_steps, lambda at: facts(plan.state(at)), log)
+        saver = make_saver(
+            config,
+            ranks,
+            engine,
+            places,
+            plan.num_steps,
+            lambda at: facts(plan.state(at)),
+            log,
+            resumed_at=start if is_ours else -1,
+        )
         feed = StepFeed(
             plan,
             pool,
@@ -236,6 +252,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
                 start=start,
                 ignore_index=config.collator.label_masking.ignore_index,
                 explaining=guard.explaining,
+                owed=owed,
                 ledger=ledger,
                 nonfinite=NonfiniteSteps(
                     train_config.nonfinite_steps,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 from vlm_dist.checkpoint import (
     CheckpointSaver,
@@ -12,17 +13,47 @@ from vlm_dist.checkpoint import (
     RunFacts,
     SlicedCheckpointSaver,
 )
+from vlm_dist.checkpoint.retention import EVAL_PREFIX
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import resolve_interval
+from vlm_dist.config.explain import nearest
+from vlm_dist.data.types import Source
+from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine
 from vlm_dist.errors import ConfigError
+from vlm_dist.evaluate import distinct_names
 from vlm_dist.observability.log import MetricLog
 
 #: Of master and moments, a trainable element.
 STATE_BYTES = 12
 #: From so much on rank 0 would be the one that everything waits for, and whose memory decides: some 0.7 B parameters.
 SLICED_FROM_BYTES = 8 * 10**9
+
+
+def check_best_metric(config: RunConfig, eval_sources: Sequence[Source]) -> None:
+    """Refuse a metric of a source that there is not: no checkpoint would ever be the best.
+
+    Raises:
+        ConfigError: there is no such source; names those that there are.
+    """
+    metric = config.train.metric_for_best_model
+    if metric is None or "/" not in metric:
+        return
+    names = distinct_names(eval_sources)
+    wanted = metric.rpartition("/")[0]
+    if wanted in names or wanted.removeprefix(EVAL_PREFIX) in names:
+        return
+    close = nearest(wanted, names)
+    raise ConfigError(
+        f"train.metric_for_best_model: got {metric}, but data.eval has no source {wanted!r}, only {', '.join(names)}"
+        + (f"; did you mean {close}?" if close is not None else "")
+    )
+
+
+def store_report(ranks: Ranks, log: MetricLog) -> Callable[[str], None]:
+    """Where this rank's store tells what it sets aside or cannot delete: the log is rank 0's, the disk this node's."""
+    return log.message if ranks.is_main else logging.getLogger(__name__).warning
 
 
 def make_retention(config: RunConfig, num_steps: int) -> Retention:
@@ -44,19 +75,23 @@ def make_saver(
     num_steps: int,
     facts: Callable[[int], RunFacts],
     log: MetricLog,
+    resumed_at: int = -1,
 ) -> CheckpointSaver:
-    """The saver of a run of so many steps."""
-    store = CheckpointStore(config.train.output_dir, make_retention(config, num_steps), report=log.message)
+    """The saver of a run of so many steps. Collective: every rank calls this."""
+    store = CheckpointStore(config.train.output_dir, make_retention(config, num_steps), report=store_report(ranks, log))
     if places.are_copies and ranks.is_main:
         nodes = ", ".join(places.hosts)
         log.message(
             f"{config.train.output_dir} is not shared by all nodes: the first rank of each of these writes a copy of "
             f"every checkpoint: {nodes}"
         )
+    with agree_on_failure(ranks):
+        if places.is_writer:
+            store.claim()
     if is_sliced(config, engine, ranks, places):
         log.message("every rank writes its own share of a checkpoint")
-        return SlicedCheckpointSaver(store, engine, ranks, places, facts, log)
-    return CheckpointSaver(store, engine, ranks, places, facts, log)
+        return SlicedCheckpointSaver(store, engine, ranks, places, facts, log, resumed_at)
+    return CheckpointSaver(store, engine, ranks, places, facts, log, resumed_at)
 
 
 def is_sliced(config: RunConfig, engine: Engine, ranks: Ranks, places: Places) -> bool:

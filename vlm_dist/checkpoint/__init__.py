@@ -1,7 +1,13 @@
 """Checkpoints: small, portable, atomic. Layout, publishing, retention, and what all ranks do together."""
 
 from vlm_dist.checkpoint.adapter import AdapterExport, export_adapter
-from vlm_dist.checkpoint.collective import choose_checkpoint, restore_checkpoint, save_adapter, save_checkpoint
+from vlm_dist.checkpoint.collective import (
+    choose_checkpoint,
+    leave_later_checkpoints,
+    restore_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
 from vlm_dist.checkpoint.layout import Checkpoint
 from vlm_dist.checkpoint.places import Places, find_places
 from vlm_dist.checkpoint.retention import Retention
@@ -23,6 +29,7 @@ __all__ = [
     "choose_checkpoint",
     "export_adapter",
     "find_places",
+    "leave_later_checkpoints",
     "open_starting_point",
     "restore_checkpoint",
     "save_adapter",

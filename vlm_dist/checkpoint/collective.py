@@ -69,15 +69,21 @@ def choose_checkpoint(
         return None
     is_auto = resume is True or resume == "auto"
     chosen, failure = None, None
+    skipped: list[str] = []
     try:
         if ranks.is_main if places is None else places.is_writer:
-            chosen = store.latest() if is_auto else store.load(Path(str(resume)))
+            chosen = store.latest(skipped.append) if is_auto else store.load(Path(str(resume)))
     except Exception as error:  # noqa: BLE001 - raised below, where no other node has one
         failure = error
-    answers = ranks.gather_objects((chosen, describe_failure(failure)))
-    found = [replace(checkpoint, owner=rank) for rank, (checkpoint, _) in enumerate(answers) if checkpoint is not None]
+    answers = ranks.gather_objects((chosen, describe_failure(failure), skipped))
+    for rank, (_, _, lines) in enumerate(answers):
+        for line in lines:  # only the main rank's reports are seen
+            store.tell(f"{places.name(rank)}: {line}" if places is not None and places.are_copies else line)
+    found = [replace(checkpoint, owner=rank) for rank, (checkpoint, *_) in enumerate(answers) if checkpoint is not None]
     if not found:
-        raise_first(ranks, [told for _, told in answers], failure)
+        raise_first(ranks, [told for _, told, _ in answers], failure)
+        if any(lines for *_, lines in answers):
+            store.tell("no checkpoint can be used: the run begins at step 0")
         return None
     return max(found, key=lambda checkpoint: (checkpoint.step, -checkpoint.owner))
 
@@ -99,6 +105,19 @@ def restore_checkpoint(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> 
         engine.restore_trainable(trainable, checkpoint.owner)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def leave_later_checkpoints(store: CheckpointStore, ranks: Ranks, places: Places, step: int) -> None:
+    """Set aside what is newer than the checkpoint that the run was told to resume from. Collective.
+
+    Not only with the first save: a run that ends before it, and is started again by itself, resumes from the newest.
+
+    Raises:
+        CheckpointError: on every rank: one cannot be renamed.
+    """
+    with agree_on_failure(ranks):
+        if places.is_writer:
+            store.set_aside_later_than(step)
 
 
 def _restore_own_shares(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:

@@ -75,6 +75,12 @@ def seems_whole(path: Path) -> bool:
         return False
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds what is published at the end of a run, and nothing else."""
+    ours = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS}
+    return path.is_dir() and {entry.name for entry in path.iterdir()} <= ours
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint.
@@ -103,7 +109,15 @@ class Checkpoint:
         """
         if not path.is_dir():
             there = ", ".join(str(other) for _, other in list_checkpoints(path.parent)) or "none"
-            raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
+            raise CheckpointError(
+                f"{path}: no such checkpoint; there are: {there}; auto takes the newest of output_dir"
+            )
+        if inside := [str(other) for _, other in list_checkpoints(path)]:
+            raise CheckpointError(f"{path} is no checkpoint, but has some: name one of {', '.join(inside)}")
+        if not (path / COMPLETE).exists() and not (path / TRAINING_STATE).exists():
+            raise CheckpointError(
+                f"{path} is no checkpoint of this program: it has neither {TRAINING_STATE} nor {COMPLETE}"
+            )
         if not (path / COMPLETE).is_file():
             raise CheckpointError(f"{path}: incomplete: there is no {COMPLETE} file, so it was not written to its end")
         try:

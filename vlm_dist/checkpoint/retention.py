@@ -80,7 +80,7 @@ def metric_value(metric: str, figures: Mapping[str, Any]) -> float | None:
             counting the same. The prefix may be left out.
         figures: by `<source>/<figure>`.
     """
-    name = metric.removeprefix(EVAL_PREFIX)
+    name = metric if metric in figures else metric.removeprefix(EVAL_PREFIX)  # a source may be called eval_...
     values = [figures[name]] if name in figures else [v for key, v in figures.items() if key.rpartition("/")[2] == name]
     if not values or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
         return None
@@ -96,6 +96,22 @@ def read_best(output_dir: Path, metric: str | None) -> Best | None:
         return None
     is_there = (output_dir / checkpoint_name(best.step)).is_dir()
     return best if is_there and best.metric == metric else None
+
+
+def forget_best(output_dir: Path, first_step: int) -> None:
+    """Take the mark away from a checkpoint of a step or a later one: it is another one now, or is gone.
+
+    Raises:
+        CheckpointError: it could not be removed.
+    """
+    path = output_dir / BEST_FILE
+    try:
+        if int(json.loads(path.read_text(encoding="utf-8"))["step"]) >= first_step:
+            path.unlink()
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or none that `read_best` would take
+        return
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be removed: {error}") from error
 
 
 def write_best(output_dir: Path, best: Best, greater_is_better: bool) -> None:

@@ -57,6 +57,7 @@ class CheckpointSaver:
         places: who writes.
         facts: position -> what a resumed run needs besides tensors.
         log: where messages and the stall go.
+        resumed_at: position of the checkpoint in `store` that the run goes on from; -1: of none.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class CheckpointSaver:
         places: Places,
         facts: Callable[[int], RunFacts],
         log: MetricLog,
+        resumed_at: int = -1,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -76,7 +78,7 @@ class CheckpointSaver:
         self._log = log
         self._writer = CheckpointWriter()
         self._form = AdapterForm.of(engine.module, engine.compute_dtype) if places.is_writer else None
-        self._position = -1
+        self._position = resumed_at
         self._evaluation: tuple[int, Mapping[str, Any]] = (-1, {})
         self._lost: set[int] = set()  # writers that have failed on the newest checkpoint
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from vlm_dist.checkpoint import layout
 from vlm_dist.checkpoint.adapter import AdapterExport
+from vlm_dist.checkpoint.claim import Claim
 from vlm_dist.checkpoint.files import FileSet
 from vlm_dist.checkpoint.layout import Checkpoint
 from vlm_dist.checkpoint.publish import leftovers, publish_directory, remove_directory
-from vlm_dist.checkpoint.retention import Best, Retention, metric_value, read_best, write_best
+from vlm_dist.checkpoint.retention import Best, Retention, forget_best, metric_value, read_best, write_best
 from vlm_dist.checkpoint.slice_reader import PARTS
 from vlm_dist.engine import SlicedState, TrainableState
 from vlm_dist.errors import CheckpointError
@@ -58,6 +59,23 @@ class CheckpointStore:
         self.output_dir = Path(output_dir)
         self._retention = retention
         self._report = report
+        self._claim: Claim | None = None
+
+    def has_any(self) -> bool:
+        """Whether there are checkpoints, whole or not."""
+        return bool(layout.list_checkpoints(self.output_dir))
+
+    def claim(self) -> None:
+        """Be the one who saves here: from now on another start of the run that does so, too, ends with its next save.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+        """
+        self._claim = Claim(self.output_dir)
+
+    def tell(self, message: str) -> None:
+        """Report something in words."""
+        self._report(message)
 
     def recover(self) -> None:
         """Put right what a killed process left: for the one writer of this directory, before it writes."""
@@ -95,10 +113,15 @@ class CheckpointStore:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
         target = self.output_dir / layout.checkpoint_name(step)
+        if self._claim is not None:
+            self._claim.check()
+        if _is_there(target) and not layout.seems_whole(target):
+            self._set_aside(target, f"{target.name} is no whole checkpoint of this program")
         publish_directory(
             target, lambda fresh: _write_checkpoint(FileSet(fresh), step, trainable, adapter, facts, slices or {})
         )
-        self._set_aside_later_than(step)
+        self.set_aside_later_than(step)
+        forget_best(self.output_dir, step)  # it was that of the one that was replaced or set aside
         self._prune()
         return target
 
@@ -109,16 +132,22 @@ class CheckpointStore:
             CheckpointError: it could not be written.
         """
         target = self.output_dir / layout.FINAL_ADAPTER
+        if _is_there(target) and not layout.is_adapter(target):
+            self._set_aside(target, f"{target.name} has something else than an adapter of this program")
         publish_directory(target, lambda fresh: _write_adapter(FileSet(fresh), adapter))
         return target
 
-    def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is complete and undamaged; None without any. Newer ones are reported."""
+    def latest(self, report: Callable[[str], None] | None = None) -> Checkpoint | None:
+        """The newest checkpoint that is complete and undamaged; None without any.
+
+        Args:
+            report: is told which newer ones are skipped and why; None: who hears of everything else.
+        """
         for _, path in layout.list_checkpoints(self.output_dir):
             try:
                 return Checkpoint.open(path)
             except CheckpointError as error:
-                self._report(f"skipped: {error}")
+                (report or self.tell)(f"skipped: {error}")
         return None
 
     def load(self, path: Path) -> Checkpoint:
@@ -129,27 +158,34 @@ class CheckpointStore:
         """
         return Checkpoint.open(Path(path))
 
-    def _set_aside_later_than(self, step: int) -> None:
+    def set_aside_later_than(self, step: int) -> None:
         """Rename checkpoints of a future that this run has left by resuming from an earlier one.
 
         Else the next automatic resume would take them, and retention would prefer them to what was just written.
+
+        Raises:
+            CheckpointError: one cannot be renamed.
         """
         for later, path in layout.list_checkpoints(self.output_dir):
-            if later <= step:
-                continue
-            aside = next(
-                candidate
-                for number in range(1, 10_000)
-                if not (candidate := path.parent / f"superseded-{number}-{path.name}").exists()
-            )
-            try:
-                path.rename(aside)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{path} belongs to a run that was left by resuming earlier, and cannot be set aside: {error}. "
-                    "Delete or rename it, or the next automatic resume would take it."
-                ) from error
-            self._report(f"{path.name} belongs to a run that was left by resuming earlier; renamed to {aside.name}")
+            if later > step:
+                is_ours = layout.seems_whole(path)
+                which = "belongs to a run that was left by resuming earlier" if is_ours else "is no whole checkpoint"
+                self._set_aside(path, f"{path.name} {which}")
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        """Rename what is in the way: nothing that may be of use to somebody is deleted."""
+        aside = next(
+            candidate
+            for number in range(1, 10_000)
+            if not _is_there(candidate := path.parent / f"superseded-{number}-{path.name}")
+        )
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {why}, and it cannot be set aside: {error}. Delete or rename it: it is in the way of this run"
+            ) from error
+        self._report(f"{why}; renamed to {aside.name}")
 
     def mark(self, step: int, figures: Mapping[str, Any]) -> None:
         """Judge a checkpoint by the evaluation of its step: if it is the best so far, it stays.
@@ -185,6 +221,10 @@ class CheckpointStore:
                 remove_directory(complete[step])
             except CheckpointError as error:
                 self._report(str(error))  # the run goes on: a checkpoint too many does no harm
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # one that leads nowhere is in the way, too
 
 
 def _write_adapter(files: FileSet, adapter: AdapterExport) -> None:

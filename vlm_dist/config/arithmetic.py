@@ -81,13 +81,14 @@ def resolve_batch(
         fits = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
         nearest = " or ".join(str(size) for size in sorted(sorted(fits, key=lambda size: abs(size - per_device))[:2]))
         raise ConfigError(
-            f"global_batch_size {global_batch_size} is not a multiple of {per_device} (per_device_train_batch_size); "
-            f"nearest: {_nearest(global_batch_size, per_device)}; or set per_device_train_batch_size to {nearest}"
+            f"the checkpoint's global batch of {global_batch_size} samples, which stays the run's, is not a multiple "
+            f"of {per_device} (per_device_train_batch_size); nearest: {_nearest(global_batch_size, per_device)}; or "
+            f"set per_device_train_batch_size to {nearest}"
         )
     if global_batch_size % slots and not allow_idle:
         raise ConfigError(
-            f"global_batch_size {global_batch_size} is not a multiple of {per_device} x {world_size} "
-            f"(per_device_train_batch_size x world size); nearest: {_nearest(global_batch_size, slots)}"
+            f"the checkpoint's global batch of {global_batch_size} samples is not a multiple of {per_device} x "
+            f"{world_size} (per_device_train_batch_size x world size); nearest: {_nearest(global_batch_size, slots)}"
         )
     return BatchArithmetic(global_batch_size, per_device, math.ceil(global_batch_size / slots), world_size)
 

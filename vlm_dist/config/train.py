@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from vlm_dist.config.section import (
@@ -27,6 +27,10 @@ _OTHER_TRACKERS = frozenset(
 )
 
 
+#: A week; beyond it would hardly be a limit.
+MAX_HANG_MINUTES = 7 * 24 * 60
+
+
 def _read_trackers(value: Any) -> Any:
     """`wandb`, `none` or a list of them; `none` is the empty list."""
     names = [value] if isinstance(value, str) else value
@@ -40,6 +44,15 @@ def _read_trackers(value: Any) -> Any:
     if "none" in names and len(names) > 1:
         raise expected("either none or names of trackers")
     return [name for name in names if name != "none"]
+
+
+def _check_output_dir(value: Path) -> Path:
+    """Neither a URL, which would become the folder `s3:`, nor the root of the file system."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+        raise PydanticCustomError("remote", "got a URL, expected a directory: output is written to files alone", {})
+    if value == Path(value.anchor) and value.is_absolute():
+        raise expected("a directory of the run's own")
+    return value
 
 
 def _read_resume(value: Any) -> Any:
@@ -123,7 +136,7 @@ class TrainConfig(Section):
     predict_with_generate: bool = False
     generation_max_new_tokens: Count = 32
 
-    output_dir: PathField = Path("runs/default")
+    output_dir: Annotated[PathField, AfterValidator(_check_output_dir)] = Path("runs/default")
     resume: Annotated[Literal[False] | str, BeforeValidator(_read_resume)] = False
     resume_anyway: Annotated[tuple[Literal["data", "model"], ...], AS_TUPLE] = ()  # what may have changed on resume
     stop_at_step: Annotated[Interval, Field(gt=0)] | None = None
@@ -149,7 +162,9 @@ class TrainConfig(Section):
     report_to: Annotated[tuple[Literal["wandb"], ...], AS_TUPLE, BeforeValidator(_read_trackers)] = ("wandb",)
     run_name: Name | None = None
     wandb_project: Name = "vlm-dist"
-    hang_timeout_minutes: PositiveNumber = 20  # no phase of a step may take longer: the ranks end, with stacks
+    hang_timeout_minutes: Annotated[PositiveNumber, Field(le=MAX_HANG_MINUTES)] = (
+        20  # no phase of a step may take longer: the ranks end, with stacks
+    )
     debug_collectives: bool = False  # the ranks compare every collective before they enter it
     sample_ledger: bool = False  # output_dir/ledger: the samples of each applied step
 

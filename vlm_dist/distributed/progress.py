@@ -6,7 +6,8 @@ Setting it is one assignment; no clock is read, no device is waited for. Who wat
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +64,12 @@ class Progress:
         mark: where it is.
         known_phases: those that it has been through; a first use may take longer than the others. Noted here and not
             by who watches, since most phases come and go between two of its looks.
+        is_leaving: the run is being taken apart, whatever the reason; the mark stays where it ended.
     """
 
     def __init__(self) -> None:
         self.mark = Mark()
+        self.is_leaving = False
         self.known_phases: set[str] = set()
         self._step_file = StepFile.from_environment()
 
@@ -83,6 +86,14 @@ class Progress:
             self._step_file.write(step)
         self.known_phases.add(before.phase)
         self.mark = Mark(before.count + 1, before.step if step is None else step, phase, samples)
+
+    @contextmanager
+    def until_leaving(self) -> Iterator[None]:
+        """Note when the enclosed part of the run has ended, well or not."""
+        try:
+            yield
+        finally:
+            self.is_leaving = True
 
 
 #: Names a directory in which each rank leaves how far it came, for a supervisor that restarts the ranks.

@@ -24,6 +24,8 @@ from vlm_dist.errors import ExitCode
 
 #: A rank is gone when it has been silent for so long, and nothing has moved here for as long.
 SILENCE_SECONDS = 90.0
+#: A rank that has failed has said so: one that nothing moves on is waiting for it, and need not for longer.
+FAILED_SECONDS = 5.0
 #: What a phase may take beyond the limit when it is done for the first time: kernels are compiled.
 FIRST_USE_SECONDS = 600.0
 #: Between two looks.
@@ -135,16 +137,29 @@ class Watchdog:
         if self._parent is not None and os.getppid() != self._parent:
             self._parent = None
             self._ranks.stop.ask("the launcher is gone")
-        if self._beats is not None and self._beats.verdict is not None:
+        stood_still = now - self._moved_at
+        # one that leaves by itself has files to close, and a checkpoint to write to its end
+        is_leaving = self._ranks.progress.is_leaving and stood_still <= self._silence_seconds
+        if self._beats is not None and self._beats.verdict is not None and not is_leaving:
             self._finish(self._beats.verdict)
+        elif self._beats is not None and not is_leaving and stood_still > FAILED_SECONDS and self._has_one_failed(now):
+            self._conclude(self.exit_code_of_gone(), f"error: {self._describe_gone(self._silence_seconds)}")
         elif mark.is_watched:
-            stood_still = now - self._moved_at
             first = 0.0 if mark.phase in self._ranks.progress.known_phases else FIRST_USE_SECONDS
             # Asked first: a rank that is gone explains why this one stands still.
             if self._beats is not None and stood_still > self._silence_seconds and self._is_alone(now):
                 self._conclude(self.exit_code_of_gone(), f"error: {self._describe_gone(self._silence_seconds)}")
             elif stood_still > self._hang_seconds + first:
                 self._conclude(ExitCode.HANG, self._describe_hang())
+
+    def _has_one_failed(self, now: float) -> bool:
+        """Whether a rank has left for a reason of its own, so long ago that the backend would have told this one."""
+        assert self._beats is not None
+        return any(
+            beat.has_failed and now - heard_at > FAILED_SECONDS
+            for rank, (beat, heard_at) in list(self._beats.heard.items())
+            if rank != self._ranks.rank
+        )
 
     def _is_alone(self, now: float) -> bool:
         """Whether a rank has left, or has been silent for so long that it is gone."""

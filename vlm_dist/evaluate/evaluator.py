@@ -97,7 +97,7 @@ class Evaluator:
         self._engine = engine
         self._ranks = ranks
         self._sources = list(sources)
-        self._names = _distinct([source.name for source in sources])
+        self._names = distinct_names(sources)
         self._pool = pool
         self._generation_pool = generation_pool
         self._tokenizer = tokenizer
@@ -305,5 +305,7 @@ def _indices(batch: MicroBatch, source: Source) -> list[int]:
     return [rows[str(origin)].popleft() for origin in batch.origins]
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct_names(sources: Sequence[Source]) -> list[str]:
+    """What each source is called in the figures."""
+    names = [source.name for source in sources]
     return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names)]

@@ -45,6 +45,13 @@ class JsonLines:
         except OSError as error:
             self._give_up(error)
 
+    def has(self, kind: str, step: int) -> bool:
+        """Whether the file has such a line, of this start of the run or of one before."""
+        try:
+            return any(record.get("step") == step for record in read_metrics(self._path, kind))
+        except OSError:
+            return False
+
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append a line and hand it to the system, so that `tail -f` and a crash both see it whole.
 

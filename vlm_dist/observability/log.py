@@ -91,6 +91,10 @@ class MetricLog:
         if self._wandb is not None:
             self._wandb.write("eval", step, metrics)
 
+    def has_eval(self, step: int) -> bool:
+        """Whether an evaluation after `step` optimizer updates is on record; only rank 0 knows."""
+        return self._lines is not None and self._lines.has("eval", step)
+
     def log_save(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log what a checkpoint after `step` optimizer updates cost the loop; says nothing on the console."""
         if self._lines is None:

@@ -47,6 +47,44 @@ def test_a_node_that_cannot_write_ends_the_start_of_all(tmp_path: Path) -> None:
     assert all("train.output_dir: cannot write to run" in message for message in told)
 
 
+def refused_look(ranks: Ranks, directories: list[Path]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        find_places(directories[ranks.rank] / "run", on_nodes(ranks, directories[:1] * 2))
+    return str(caught.value)
+
+
+def test_a_node_that_may_not_even_look_ends_the_start_of_all(tmp_path: Path) -> None:
+    # as where it may not enter the directory, but also for root
+    told = run_ranks(refused_look, 2, [tmp_path / "a", tmp_path / ("b" * 300)])
+    assert all("train.output_dir: cannot write to" in message and "too long" in message for message in told)
+
+
+def skipped(ranks: Ranks, directories: list[Path]) -> list[str]:
+    ranks = on_nodes(ranks, directories)
+    found = find_places(Path("run"), ranks)
+    told: list[str] = []
+    choose_checkpoint(CheckpointStore(Path("run"), report=told.append), ranks, "auto", found)
+    return told
+
+
+def test_what_another_node_skips_is_told_where_it_is_read(tmp_path: Path) -> None:
+    nodes = [tmp_path / "a", tmp_path / "b"]
+    save(CheckpointStore(nodes[0] / "run"), 2)
+    flip_a_bit(save(CheckpointStore(nodes[1] / "run"), 4) / "training_state.safetensors")
+    told = run_ranks(skipped, 2, nodes)[0]  # others' messages go nowhere
+    assert len(told) == 1
+    assert told[0].startswith("rank 1 (") and "skipped: run/checkpoint-4: damaged" in told[0]
+
+
+def test_a_run_that_begins_anew_as_nothing_is_whole_says_so(tmp_path: Path) -> None:
+    nodes = [tmp_path / "a", tmp_path / "b"]
+    for node in nodes:
+        flip_a_bit(save(CheckpointStore(node / "run"), 4) / "training_state.safetensors")
+    told = run_ranks(skipped, 2, nodes)[0]
+    assert len(told) == 3
+    assert told[-1] == "no checkpoint can be used: the run begins at step 0"
+
+
 def choose(ranks: Ranks, directories: list[Path], resume: str) -> tuple[int, int] | str | None:
     ranks = on_nodes(ranks, directories)
     found = find_places(Path("run"), ranks)

@@ -101,3 +101,21 @@ def test_a_checkpoint_that_is_not_there_is_not_the_best(tmp_path: Path) -> None:
 def test_values_of_metrics(metric: str, value: float | None) -> None:
     figures = {"a/loss": 1.0, "b/loss": 2.0, "a/num_samples": 7, "a/exact_match": 0.5, "b/exact_match": math.nan}
     assert metric_value(metric, figures) == value
+
+
+def test_a_source_may_be_called_eval() -> None:
+    figures = {"eval_docs/loss": 1.0, "docs/loss": 2.0}
+    assert metric_value("eval_docs/loss", figures) == 1.0
+    assert metric_value("eval_loss", figures) == 1.5
+
+
+@pytest.mark.parametrize("next_step", [2, 3])
+def test_the_mark_of_a_future_that_was_left_is_no_others(tmp_path: Path, next_step: int) -> None:
+    retention = Retention(1, metric="eval_loss")
+    run(tmp_path, retention, {1: {"a/loss": 3.0}, 3: {"a/loss": 1.0}}, steps=3)
+    store = CheckpointStore(tmp_path, retention)
+    for step in range(next_step, 6):  # resumed from step 1, without an evaluation of step 3
+        save(store, step)
+    store.mark(5, {"a/loss": 2.0})
+    assert json.loads((tmp_path / BEST_FILE).read_text())["step"] == 5
+    assert kept(tmp_path) == [5]

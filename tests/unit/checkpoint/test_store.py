@@ -212,3 +212,55 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     (path / "COMPLETE").write_text(sha256_of(path / "training_state.json"))
     with pytest.raises(CheckpointError, match="format 99, this version reads formats 1 and 2"):
         Checkpoint.open(path)
+
+
+def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_text("of another program")
+    (tmp_path / "checkpoint-7").write_text("a file")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    told: list[str] = []
+    store = CheckpointStore(tmp_path, Retention(1), told.append)
+    save(store, 6)
+    save(store, 7)
+    store.save_adapter(ADAPTER)
+    store.save_adapter(ADAPTER)  # ours is replaced
+    assert names(tmp_path) == [
+        "adapter",
+        "checkpoint-7",
+        "superseded-1-adapter",
+        "superseded-1-checkpoint-6",
+        "superseded-1-checkpoint-7",
+    ]
+    assert (tmp_path / "superseded-1-checkpoint-6" / "optimizer.pt").read_text() == "of another program"
+    assert (tmp_path / "superseded-1-adapter" / "notes.txt").read_text() == "mine"
+    assert told[0] == ("checkpoint-6 is no whole checkpoint of this program; renamed to superseded-1-checkpoint-6")
+    assert "left by resuming" not in " ".join(told)
+
+
+def test_of_two_runs_in_one_directory_the_older_one_ends(tmp_path: Path) -> None:
+    older, newer = CheckpointStore(tmp_path), CheckpointStore(tmp_path)
+    older.claim()
+    save(older, 2)
+    newer.claim()
+    save(newer, 3)
+    with pytest.raises(
+        CheckpointError, match=rf"was taken over by a run that was started later \(process {os.getpid()}"
+    ):
+        save(older, 4)
+    assert [path.name for path in tmp_path.glob("checkpoint-*") if path.is_dir()].count("checkpoint-4") == 0
+    (tmp_path / ".saved-by.json").unlink()
+    save(newer, 4)
+
+
+def test_what_is_no_checkpoint_is_called_so(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    path = save(store, 4)
+    store.save_adapter(ADAPTER)
+    with pytest.raises(CheckpointError, match=rf"run is no checkpoint, but has some: name one of {path}$"):
+        store.load(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="adapter is no checkpoint of this program"):
+        store.load(tmp_path / "run" / "adapter")
+    with pytest.raises(CheckpointError, match=r"AUTO: no such checkpoint; .*; auto takes the newest"):
+        store.load(Path("AUTO"))

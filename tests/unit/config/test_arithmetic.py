@@ -37,7 +37,8 @@ def test_a_world_size_that_does_not_fit() -> None:
     with pytest.raises(ConfigError) as error:
         resolve_batch(train(4), 8, 100)
     assert str(error.value) == (
-        "global_batch_size 100 is not a multiple of 4 x 8 (per_device_train_batch_size x world size); nearest: 96, 128"
+        "the checkpoint's global batch of 100 samples is not a multiple of 4 x 8 (per_device_train_batch_size x world "
+        "size); nearest: 96, 128"
     )
     batch = resolve_batch(train(4), 8, 100, allow_idle=True)
     assert (batch.accumulation, batch.num_micro_batches) == (4, 25)

@@ -42,6 +42,7 @@ def write(directory: Path, **codes: tuple[int, float]) -> None:
         ({"r0": (6, 2.0), "r1": (-9, 1.0)}, 1, -9, 1, False),  # the other only followed
         ({"r0": (6, 1.0), "r1": (2, 2.0)}, 1, 2, 1, True),  # a wrong config wins, whoever was first
         ({"r0": (75, 1.0), "r1": (75, 2.0)}, 0, 75, 0, True),
+        ({"r0": (75, 16.0), "r1": (-9, 1.0)}, 1, -9, 1, False),  # the other was ended by the agent, at start-up
         ({"r0": (70, 1.0), "r1": (70, 2.0)}, 1, 70, 0, False),
         ({}, -9, -9, None, False),  # the agent was killed
     ],

@@ -41,5 +41,8 @@ def test_a_change_is_refused_unless_it_is_named(tiny_run: TinyRun, monkeypatch: 
     assert "\n  seed: checkpoint 42, now 7" in line
     assert "put it back" not in line
     with pytest.raises(CheckpointError, match=r"train.resume_anyway=\[model\]"):
+        told("train.resume_anyway=[data]", "peft.lora_alpha=4")
+    with pytest.raises(CheckpointError) as refused:
         told("train.resume_anyway=[data]", "peft.r=4")
+    assert "resume_anyway" not in str(refused.value)  # it could not take over a single tensor
     assert "peft.r: 8 in the checkpoint, now 4" in told("train.resume_anyway=[data, model]", "peft.r=4")[1]

@@ -25,6 +25,7 @@ from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
+from vlm_dist.distributed.progress import Progress
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.engine import TrainableState
 from vlm_dist.errors import ConfigError
@@ -226,17 +227,24 @@ def test_micro_batches_are_pinned_for_a_gpu() -> None:
 
 @shows("train.resume")
 def test_resume_false_refuses_a_directory_with_checkpoints(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That `auto` and a path continue is shown in a run."""
+    """That `auto` and a path continue is shown in a run; a path elsewhere would mix two runs."""
     from vlm_dist.checkpoint import Places
     from vlm_dist.errors import CheckpointError
 
     monkeypatch.setattr(continuation, "agree_on_failure", lambda ranks: _Nothing())
     monkeypatch.setattr(continuation, "find_places", lambda output_dir, ranks: Places(is_writer=True))
     ranks: Any = SimpleNamespace(is_main=True)
-    store: Any = SimpleNamespace(latest=lambda: object())
-    changes = {"train.output_dir": str(project.data / "run")}
+    run = project.data / "run"
+    (run / "checkpoint-3").mkdir(parents=True)  # whole or not: somebody's work
+    store = CheckpointStore(run)
+    changes = {"train.output_dir": str(run)}
     with pytest.raises(CheckpointError, match=r"has checkpoints of an earlier run, and resume is false"):
         continuation.prepare_output_dir(project.config(changes), store, ranks)
+    with pytest.raises(CheckpointError, match=r"run has checkpoints of another run than .*other/checkpoint-2"):
+        other = {"train.resume": str(project.data / "other" / "checkpoint-2")}
+        continuation.prepare_output_dir(project.config(changes | other), store, ranks)
+    for resume in ("auto", str(run / "checkpoint-3")):
+        continuation.prepare_output_dir(project.config(changes | {"train.resume": resume}), store, ranks)
 
 
 class _Nothing:
@@ -330,6 +338,6 @@ def test_a_run_has_its_name_or_that_of_its_directory(
 
     monkeypatch.setattr(build_run, "MetricLog", tell)
     config = project.config({"train.output_dir": "runs/vqa", "train.run_name": given})
-    ranks: Any = SimpleNamespace(rank=0, leave_if_asked=lambda: None)
+    ranks: Any = SimpleNamespace(rank=0, leave_if_asked=lambda: None, progress=Progress())
     with pytest.raises(Told, match=expected), build.run_parts(config, ranks):
         pass
