@@ -29,6 +29,8 @@ from vlm_dist.errors import ExitCode
 #: Between two starts: the port, and the other nodes' agents, have to be free.
 PAUSE_SECONDS = 3.0
 _LOOK_SECONDS = 0.2
+#: What torchrun takes for --nproc_per_node beside a number.
+_PROCESS_WORDS = ("auto", "gpu", "cpu", "xpu")
 #: See `vlm_dist.distributed.progress`, which needs torch's package.
 _STEP_DIRECTORY = "VLM_DIST_STEP_DIRECTORY"
 
@@ -59,7 +61,7 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.rank is None:
-            return f"the elastic agent ended with {_describe(self.code)} before any rank had"
+            return f"the elastic agent {_describe(self.code)} before any rank had"
         return f"rank {self.rank} {_describe(self.code)} at {self.place}"
 
     @property
@@ -210,6 +212,15 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments), []
 
 
+def _value_of(options: Sequence[str], *names: str) -> str | None:
+    """What one of torchrun's options is set to: `--name value` or `--name=value`."""
+    for position, option in enumerate(options):
+        name, equals, value = option.partition("=")
+        if name.lstrip("-") in names:
+            return value if equals else next(iter(options[position + 1 :]), "")
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; gives back the exit code of the run."""
     options, command = split_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -224,6 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--max_restarts", "--max-restarts", type=int, default=3, metavar="N", help="restarts (%(default)s)"
     )
     mine, agent_options = parser.parse_known_args(options)
+    if mine.max_restarts < 0:
+        parser.error(f"--max_restarts {mine.max_restarts}: expected 0 or more")
+    processes = _value_of(agent_options, "nproc_per_node", "nproc-per-node")
+    if processes is not None and processes not in _PROCESS_WORDS and not (processes.isdigit() and int(processes)):
+        parser.error(f"--nproc_per_node {processes}: expected a number from 1 on, or {', '.join(_PROCESS_WORDS)}")
     if not command:
         parser.error("what to run is missing: -m vlm_dist.train --config RUN.yaml")
     if not any(option.startswith(("--nnodes", "--rdzv", "--master", "--standalone")) for option in agent_options):

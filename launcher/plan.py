@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.hosts import make_export_file, quote_for_hosts, read_hostfile
-from launcher.sbatch_script import fill_options, fill_run, placeholders, read_template
+from launcher.sbatch_script import fill_options, fill_run, fill_variables, placeholders, read_template
 from vlm_dist.config.masking import masked
 from vlm_dist.distributed.environment import in_slurm_step
 from vlm_dist.distributed.rendezvous import FIRST_PORT, NUM_PORTS
@@ -40,6 +40,7 @@ class Request:
         master_port: None: chosen here, or from the job id.
         sbatch: name -> value of further options for sbatch.
         template: of the batch script; None: slurm/train.sbatch.
+        variables: of the batch script, such as MODULES.
         doctor: examine the nodes in place of training.
     """
 
@@ -54,6 +55,7 @@ class Request:
     master_port: int | None = None
     sbatch: Mapping[str, str] = field(default_factory=dict)
     template: Path | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
     doctor: bool = False
 
     @property
@@ -241,7 +243,7 @@ def _slurm(request: Request, environ: Mapping[str, str]) -> LaunchPlan:
     flags = _flags(options)
     # lines that are the shipped script's placeholders would be refused, and no option can take a line back
     dropped: dict[str, str | None] = {name: None for name, value in options.items() if value is None}
-    script = fill_options(fill_run(template, request.run, request.overrides, _origin()), dropped)
+    script = fill_options(_fill(template, request), dropped)
     notices = [f"no --{name} was given: the cluster's default" for name in dropped]
     return LaunchPlan("a job of Slurm", ("sbatch", *flags), standard_input=script, notices=tuple(notices))
 
@@ -249,8 +251,11 @@ def _slurm(request: Request, environ: Mapping[str, str]) -> LaunchPlan:
 def render(request: Request) -> str:
     """The batch script of a run, complete."""
     template = read_template(request.template)
-    script = fill_run(template, request.run, request.overrides, _origin())
-    return fill_options(script, slurm_options(request, template))
+    return fill_options(_fill(template, request), slurm_options(request, template))
+
+
+def _fill(template: str, request: Request) -> str:
+    return fill_variables(fill_run(template, request.run, request.overrides, _origin()), request.variables)
 
 
 def slurm_options(request: Request, template: str) -> dict[str, str | None]:

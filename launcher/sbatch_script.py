@@ -1,4 +1,4 @@
-"""slurm/train.sbatch for one run: its `#SBATCH` lines, run file and overrides filled in."""
+"""slurm/train.sbatch for one run: its `#SBATCH` lines, run file, overrides and variables filled in."""
 
 from __future__ import annotations
 
@@ -54,6 +54,24 @@ def fill_run(template: str, run_file: Path, overrides: Sequence[str], origin: st
         raise ConfigError("the template has no line RUN_FILE=…, so that the run file cannot be put in; see --template")
     first, newline, rest = text.partition("\n")
     return f"{first}{newline}# Made by: {origin}\n{rest}"
+
+
+def fill_variables(script: str, variables: Mapping[str, str]) -> str:
+    """The script with lines such as `MODULES=${MODULES:-}` set.
+
+    Args:
+        script: a template, or one that has its run already.
+        variables: name -> value.
+
+    Raises:
+        ConfigError: it has no such line.
+    """
+    for name, value in variables.items():
+        line = f"{name}={shlex.quote(value)}"
+        script, count = re.subn(rf"(?m)^{name}=(?:\$\{{[^}}]*\}}|\S*)", lambda match, line=line: line, script, count=1)  # type: ignore[misc]
+        if count == 0:
+            raise ConfigError(f"the template has no line {name}=…, so that {value} cannot be put in; see --template")
+    return script
 
 
 def fill_options(script: str, options: Mapping[str, str | None]) -> str:

@@ -2,8 +2,8 @@
 
 What srun gives back is the largest exit code of all ranks. But a rank that fails has the others ended, and those save
 and leave with the code of a preemption, which would win over that of a wrong configuration. So each rank that fails
-leaves a line, by which `launcher.requeue` finds the one that was first. What it prints goes to a file of its own, that of
-rank 0 to the job's log, too.
+leaves a line, by which `launcher.requeue` finds the one that was first. What it prints goes to a file of its own, that
+of rank 0 to the job's log, too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def main(command: list[str]) -> int:
     pump.start()
     code = child.wait()
     pump.join(_DRAIN_SECONDS)
-    write_end(directory, rank, code)
+    try:
+        write_end(directory, rank, code)
+    except OSError as error:  # the code itself still counts
+        print(f"launcher.slurm_rank: rank {rank} cannot tell its end: {error}", file=sys.stderr, flush=True)  # noqa: T201
     return 128 - code if code < 0 else code
 
 

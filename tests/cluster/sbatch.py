@@ -1,4 +1,4 @@
-"""slurm/train.sbatch with its marked lines edited, as its user does."""
+"""The scripts of slurm/ with their marked lines edited, as their user does."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from tests.tiny_run import ROOT, TinyRun
 
 
-def edited_script(run: TinyRun, **lines: str | int) -> Path:
-    """Copy the script into the run's directory, for the tests' cluster: two nodes of two ranks.
+def edited_script(run: TinyRun, name: str = "train.sbatch", **lines: str | int) -> Path:
+    """Copy a script into the run's directory, for the tests' cluster: two nodes of two ranks.
 
     Args:
         run: whose configs/tiny.yaml is trained.
+        name: of the script.
         **lines: values of further #SBATCH options, such as time="0:02:00".
     """
-    text = (ROOT / "slurm" / "train.sbatch").read_text()
+    text = (ROOT / "slurm" / name).read_text()
     edits: dict[str, str | int] = {
         "account": "students",
         "partition": "test",
@@ -26,10 +27,10 @@ def edited_script(run: TinyRun, **lines: str | int) -> Path:
     }
     for option, value in (edits | {name.replace("_", "-"): value for name, value in lines.items()}).items():
         text, count = re.subn(rf"(?m)^(#SBATCH --{option}=)\S+", rf"\g<1>{value}", text)
-        assert count == 1, f"slurm/train.sbatch has {count} lines of --{option}"
-    text, count = re.subn(r"configs/run\.yaml", "configs/tiny.yaml", text)
-    assert count == 1
-    script = run.directory / "slurm" / "train.sbatch"
+        assert count == 1, f"slurm/{name} has {count} lines of --{option}"
+    text, count = re.subn(r"(?m)^(RUN_FILE=.*)configs/run\.yaml", r"\g<1>configs/tiny.yaml", text)
+    assert count == (name == "train.sbatch")
+    script = run.directory / "slurm" / name
     script.parent.mkdir(exist_ok=True)
     script.write_text(text)
     return script

@@ -268,7 +268,10 @@ CASES = [
         "resume with a batch that does not divide",
         changed("train.resume=auto", "train.max_steps=4", "train.per_device_train_batch_size=3"),
         ExitCode.CONFIG,
-        ("the checkpoint's global batch of 4 samples, which stays the run's, is not a multiple of 3", "set per_device_train_batch_size to 2 or 4"),
+        (
+            "the checkpoint's global batch of 4 samples, which stays the run's, is not a multiple of 3",
+            "set per_device_train_batch_size to 2 or 4",
+        ),
     ),
     Case(
         "resume behind the end",

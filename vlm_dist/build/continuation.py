@@ -16,7 +16,7 @@ from vlm_dist.checkpoint.layout import checkpoint_name
 from vlm_dist.config import RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch
 from vlm_dist.config.masking import without_secrets
-from vlm_dist.data.plan.contents import read_contents
+from vlm_dist.data.plan.contents import read_contents, write_contents
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
@@ -57,6 +57,20 @@ def prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks) 
                 )
             store.recover()
     return places
+
+
+def write_description(config: RunConfig, plan: Plan) -> None:
+    """Write what the run is into its output directory.
+
+    Raises:
+        CheckpointError: it cannot be written; so could no checkpoint.
+    """
+    path = config.train.output_dir / "resolved_config.yaml"
+    try:
+        config.write(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from error
+    write_contents(config.train.output_dir, plan.contents)
 
 
 def check_end(checkpoint: Checkpoint, plan: Plan) -> None:

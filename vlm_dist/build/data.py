@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from vlm_dist.config import RunConfig
@@ -80,16 +81,18 @@ def open_sources_alone(config: RunConfig, which: str, work: Work | None = None) 
 
 
 def cache_settings(config: RunConfig) -> CacheSettings:
-    """How shards that are not in local files are kept on this machine."""
+    """How copies of shards are kept on this machine."""
     cache = config.data.cache
-    return CacheSettings(cache.dir, num_bytes(cache.max_size), cache.mode, cache.lookahead_steps)
+    return CacheSettings(cache.dir, num_bytes(cache.max_size), cache.mode, cache.lookahead_steps, cache.stage_files)
 
 
 def lookahead_steps(config: RunConfig) -> int:
     """How many steps before they are needed samples are announced: far where whole shards have to be fetched."""
     paths = [[one.path] if isinstance(one.path, str) else one.path or [] for one in config.data.train]
-    has_remote = any(is_remote(path) for of_source in paths for path in of_source)
-    return config.data.cache.lookahead_steps if has_remote else LOCAL_LOOKAHEAD_STEPS
+    are_copied = any(is_remote(path) for of_source in paths for path in of_source)
+    if config.data.cache.stage_files:
+        are_copied |= any(one.type == "tar" for one in config.data.train)
+    return config.data.cache.lookahead_steps if are_copied else LOCAL_LOOKAHEAD_STEPS
 
 
 def make_processor(config: RunConfig) -> tuple[Any, Family]:
@@ -244,7 +247,7 @@ def describe_plan(config: RunConfig, plan: Plan, batch: BatchArithmetic, step: i
         batch: how large a step is, and for how many ranks.
         step: that stands for all of them.
     """
-    lines = [f"notice: {notice}" for notice in plan.notices]
+    lines = [f"notice: {notice}" for notice in (*plan.notices, *_odd_lengths(config, plan, batch, step))]
     budget = plan.settings.pack
     if budget is None or not 0 <= step < plan.num_steps:
         return lines
@@ -261,6 +264,25 @@ def describe_plan(config: RunConfig, plan: Plan, batch: BatchArithmetic, step: i
             "the global batch (gradient_accumulation_steps), or use group_by_length"
         )
     return lines
+
+
+def _odd_lengths(config: RunConfig, plan: Plan, batch: BatchArithmetic, step: int) -> Iterator[str]:
+    """What is allowed, and hardly meant."""
+    train_config = config.train
+    warms_up = train_config.lr_scheduler_type != "constant"
+    if warms_up and train_config.warmup_steps >= plan.num_steps:
+        yield (
+            f"train.warmup_steps {train_config.warmup_steps}: the run has {plan.num_steps} steps, so that its learning "
+            "rate does not get to learning_rate and never falls"
+        )
+    if batch.global_batch_size > 2 * plan.num_epoch_samples:
+        yield (
+            f"a step has room for {batch.global_batch_size} samples, an epoch has {plan.num_epoch_samples}: the "
+            "rest of it is empty; lower gradient_accumulation_steps or per_device_train_batch_size"
+        )
+    cadence = make_cadence(config, plan.num_steps)
+    if cadence.stop_at_step is not None and 0 < cadence.stop_at_step <= step:
+        yield f"train.stop_at_step is {cadence.stop_at_step}, and {step} steps are done: no step is trained"
 
 
 def make_cadence(config: RunConfig, num_steps: int) -> Cadence:

@@ -9,7 +9,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_dist.build.continuation import check_continuation, find_owed, fit_batch, is_own, prepare_output_dir, run_facts
+from vlm_dist.build.continuation import (
+    check_continuation,
+    find_owed,
+    fit_batch,
+    is_own,
+    prepare_output_dir,
+    run_facts,
+    write_description,
+)
 from vlm_dist.build.data import (
     describe_plan,
     lookahead_steps,
@@ -38,7 +46,6 @@ from vlm_dist.checkpoint import (
 from vlm_dist.config import RunConfig
 from vlm_dist.data.feed import FEED_FIELDS, StepFeed
 from vlm_dist.data.ledger import SampleLedger
-from vlm_dist.data.plan.contents import write_contents
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.distributed.collectives import compare_collectives
@@ -154,8 +161,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
             about_plan = describe_plan(config, plan, batch, checkpoint.step if checkpoint is not None else 0)
             cadence = make_cadence(config, plan.num_steps)
             if ranks.is_main:  # only now: a run that is refused leaves that of the run before it alone
-                config.write(train_config.output_dir / "resolved_config.yaml")
-                write_contents(train_config.output_dir, plan.contents)
+                write_description(config, plan)
         start = checkpoint.step if checkpoint is not None else 0
         log.message(f"{batch}; {plan.steps_per_epoch} steps per epoch, {plan.num_steps} steps in all")
         if (told := describe_lengths(config, lengths)) is not None:

@@ -88,12 +88,18 @@ def metric_value(metric: str, figures: Mapping[str, Any]) -> float | None:
 
 
 def read_best(output_dir: Path, metric: str | None) -> Best | None:
-    """The best checkpoint by a metric, if one is marked and is there."""
+    """The best checkpoint by a metric, if one is marked and is there.
+
+    Raises:
+        CheckpointError: the mark cannot be read.
+    """
     try:
         content = json.loads((output_dir / BEST_FILE).read_text(encoding="utf-8"))
         best = Best(int(content["step"]), str(content["metric"]), float(content["value"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{output_dir / BEST_FILE} cannot be read: {error!r}") from error
     is_there = (output_dir / checkpoint_name(best.step)).is_dir()
     return best if is_there and best.metric == metric else None
 

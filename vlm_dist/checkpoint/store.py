@@ -204,7 +204,13 @@ class CheckpointStore:
         if value is None:
             self._report(f"{layout.checkpoint_name(step)} is not judged: its evaluation has no number for {metric}")
             return
-        best = read_best(self.output_dir, metric)
+        try:
+            best = read_best(self.output_dir, metric)
+        except CheckpointError as error:
+            self._report(
+                f"{error}; {layout.checkpoint_name(step)} is the best from now on, until there is a better one"
+            )
+            best = None
         sign = 1 if self._retention.is_greater_better else -1
         if best is None or best.step == step or sign * value > sign * best.value:
             write_best(self.output_dir, Best(step, metric, value), self._retention.is_greater_better)
@@ -214,7 +220,11 @@ class CheckpointStore:
         """Delete complete checkpoints that need not stay, oldest first; incomplete ones are left to the user."""
         if self._retention.total_limit is None:
             return
-        best = read_best(self.output_dir, self._retention.metric)
+        try:
+            best = read_best(self.output_dir, self._retention.metric) if self._retention.metric else None
+        except CheckpointError as error:
+            self._report(f"{error}; no checkpoint is deleted before the next evaluation, as one of them is the best")
+            return
         complete = {step: path for step, path in layout.list_checkpoints(self.output_dir) if layout.seems_whole(path)}
         for step in self._retention.doomed(complete, best.step if best is not None else None):
             try:

@@ -28,6 +28,10 @@ Exit codes are those of the run (docs/faults.md); signals reach its ranks.
 """
 
 
+#: Options that are variables of the batch script, too.
+_SCRIPT_VARIABLES = ("modules", "container", "pyxis_image", "container_mounts")
+
+
 def add_commands(commands: Commands) -> None:
     """Add `launch`."""
     launch = commands.add_parser(
@@ -58,6 +62,10 @@ def add_commands(commands: Commands) -> None:
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other, such as --sbatch=--constraint=a100"
     )
+    slurm.add_argument("--modules", metavar='"A B"', help="environment modules that the job loads")
+    slurm.add_argument("--container", metavar="IMAGE", help="image of apptainer that the ranks run in")
+    slurm.add_argument("--pyxis-image", metavar="IMAGE", help="the same for srun's pyxis plugin")
+    slurm.add_argument("--container-mounts", metavar="LIST", help="for either: /data,/from:/to:ro")
     slurm.add_argument("--template", type=Path, metavar="FILE", help="batch script to fill in (slurm/train.sbatch)")
     what = launch.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print commands and environment, start nothing")
@@ -124,6 +132,12 @@ def _request(options: argparse.Namespace) -> Request:
         if not name or name.startswith("-") or " " in name:
             raise ConfigError(f"--sbatch {option}: expected a form like --sbatch=--constraint=a100")
         sbatch[name] = value
+    variables = {
+        name.upper(): getattr(options, name) for name in _SCRIPT_VARIABLES if getattr(options, name) is not None
+    }
+    if variables and target != "slurm":
+        name = next(iter(variables)).lower().replace("_", "-")
+        raise ConfigError(f"--{name} is of slurm/train.sbatch: it needs --slurm or --render")
     if sbatch and target != "slurm":
         raise ConfigError(f"--{next(iter(sbatch))} is an option of sbatch: it needs --slurm or --render")
     return Request(
@@ -138,6 +152,7 @@ def _request(options: argparse.Namespace) -> Request:
         master_port=options.master_port,
         sbatch=sbatch,
         template=options.template,
+        variables=variables,
         doctor=options.doctor,
     )
 

@@ -55,12 +55,13 @@ class DataSource(Section):
 
 
 class DataCache(Section):
-    """Copies on this machine of shards that are not in local files."""
+    """Copies of shards on this machine."""
 
     dir: PathField | None = None  # on a disk of the node; null: a folder of this user in the temporary directory
     max_size: ByteSize = "200GB"  # of all copies of a node; what was not used for longest goes first
     mode: Literal["auto", "whole", "range"] = "auto"  # copy shards; read samples over the network; or both
     lookahead_steps: Count = 64  # a shard is fetched so many steps before it is needed
+    stage_files: bool = False  # also of shards in files: those of a file system that nodes share
 
 
 class DataConfig(Section):

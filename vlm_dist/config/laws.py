@@ -405,6 +405,9 @@ def _sources(data: DataConfig) -> Iterator[Finding]:
         if source.weight is not None:
             message = f"got {source.weight:g}, expected none: each held-out sample is evaluated once; remove it"
             yield Finding(("data", "eval", index, "weight"), message)
+    if data.cache.stage_files and data.cache.mode == "range":
+        message = "got true beside mode: range, which copies nothing; expected mode: auto or whole"
+        yield Finding(("data", "cache", "stage_files"), message, also=(("data", "cache", "mode"),))
     yield from _weights(data)
 
 

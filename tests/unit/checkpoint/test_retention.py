@@ -109,6 +109,19 @@ def test_a_source_may_be_called_eval() -> None:
     assert metric_value("eval_loss", figures) == 1.5
 
 
+def test_nothing_is_deleted_while_nobody_knows_which_is_the_best(tmp_path: Path) -> None:
+    retention = Retention(1, metric="eval_loss")
+    run(tmp_path, retention, {1: {"a/loss": 1.0}}, steps=2)
+    (tmp_path / BEST_FILE).write_text("{broken")
+    told: list[str] = []
+    store = CheckpointStore(tmp_path, retention, report=told.append)
+    save(store, 3)
+    assert kept(tmp_path) == [1, 2, 3]
+    assert "best_checkpoint.json cannot be read" in told[-1] and "no checkpoint is deleted" in told[-1]
+    store.mark(3, {"a/loss": 2.0})
+    assert kept(tmp_path) == [3]
+
+
 @pytest.mark.parametrize("next_step", [2, 3])
 def test_the_mark_of_a_future_that_was_left_is_no_others(tmp_path: Path, next_step: int) -> None:
     retention = Retention(1, metric="eval_loss")

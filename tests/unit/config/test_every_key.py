@@ -147,6 +147,7 @@ DEFAULTS: dict[str, Any] = {
     "data.cache.max_size": "200GB",
     "data.cache.mode": "auto",
     "data.cache.lookahead_steps": 64,
+    "data.cache.stage_files": False,
     "data.sample_timeout_seconds": 60.0,
     "data.worker_memory_gib": 4.0,
     "data.max_bad_share": 0.05,

@@ -32,6 +32,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["data.train=[{type: hf, path: [a, b]}]"],
         "data.train[0].path: got a list, expected one directory; data_files may be a list",
     ),
+    "copies of files in a mode without copies": (
+        ["data.cache.mode=range", "data.cache.stage_files=true"],
+        "data.cache.stage_files: got true beside mode: range, which copies nothing; expected mode: auto or whole",
+    ),
     "both precisions": (["train.fp16=true"], "train.fp16: got true beside bf16: true"),
     "bf16 on a float16 model": (
         ["model.loading_params.torch_dtype=torch.float16"],

@@ -142,7 +142,7 @@ def test_a_wrong_run_file(project: Project, text: str, message: str) -> None:
         ("train.seed", "expected section.key=value, such as train.learning_rate=1e-4"),
         ("train.output_dir=s3://bucket/run", "got a URL, expected a directory"),
         ("train.output_dir=/", "expected a directory of the run's own"),
-        ("train.hang_timeout_minutes=1e300", "train.hang_timeout_minutes: got 1e+300, expected a number of at most 10080"),
+        ("train.hang_timeout_minutes=1e300", "got 1e+300, expected a number of at most 10080"),
         ("=3", "expected section.key=value"),
         ("train..seed=3", "expected section.key=value"),
         ("seed=3", "seed: got an unknown section; did you mean train.seed?"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.elastic import Outcome, read_outcome, split_arguments
+from launcher.elastic import Outcome, main, read_outcome, split_arguments
 from vlm_dist.distributed.progress import StepFile
 
 
@@ -27,6 +27,16 @@ from vlm_dist.distributed.progress import StepFile
 def test_what_is_the_launchers_and_what_the_ranks(arguments: str, options: int, command: list[str]) -> None:
     words = arguments.split()
     assert split_arguments(words) == (words[:options], command)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--max_restarts -1", "--nproc_per_node 0", "--nproc_per_node=two", "--nproc-per-node x"]
+)
+def test_numbers_that_make_no_sense(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*wrong.split(), "-m", "vlm_dist.train"])
+    assert ended.value.code == 2
+    assert "error: " + wrong.replace("=", " ").replace("-per-", "_per_").split()[0] in capsys.readouterr().err
 
 
 def write(directory: Path, **codes: tuple[int, float]) -> None:

@@ -200,7 +200,10 @@ def test_a_job_is_submitted_with_options_and_the_filled_script(place):
 
 
 def test_a_script_is_written_for_this_run(place):
-    ended = launch(place, "--render", "mine.sbatch", "--nodes", "3", "--partition", "long", "--sbatch=--exclusive")
+    variables = ["--modules", "cuda/12.4 gcc", "--container", "/images/my train.sif"]
+    ended = launch(
+        place, "--render", "mine.sbatch", "--nodes", "3", "--partition", "long", "--sbatch=--exclusive", *variables
+    )
     assert ended.returncode == 0, ended.stderr
     script = (place / "mine.sbatch").read_text()
     header = [line.split("#")[1].strip() for line in script.splitlines() if line.startswith("#SBATCH")]
@@ -210,6 +213,12 @@ def test_a_script_is_written_for_this_run(place):
     assert not any("account" in line for line in header)
     assert "RUN_FILE=run.yaml\n" in script
     assert script.splitlines()[1].startswith("# Made by: vlm-dist launch run.yaml --render")
+    lines = [line.split("#")[0] for line in script.splitlines() if line.startswith(("MODULES=", "CONTAINER="))]
+    shown = subprocess.run(
+        ["bash", "-c", "\n".join([*lines, 'printf "%s\n" "$MODULES" "$CONTAINER"'])], capture_output=True, text=True
+    )
+    assert shown.stdout.splitlines() == ["cuda/12.4 gcc", "/images/my train.sif"]
+    assert "--modules is of slurm/train.sbatch" in launch(place, "--local", *variables).stderr
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 

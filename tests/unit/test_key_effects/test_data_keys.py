@@ -151,6 +151,24 @@ def test_lengths_are_counted_or_estimated(project: Project, capsys: pytest.Captu
     assert kind("estimate") == "estimate"
 
 
+@shows("data.cache.stage_files")
+def test_shards_in_files_are_copied_where_that_is_asked_for(project: Project) -> None:
+    from vlm_dist.build.data import LOCAL_LOOKAHEAD_STEPS, lookahead_steps
+
+    def reads(stage: bool) -> tuple[list[bytes], int, int]:
+        place = project.data / f"stage-{stage}"
+        changes = {"data.train": [{"type": "tar", "path": "data/images"}]}
+        changes |= {"data.cache": {"dir": str(place), "stage_files": stage, "mode": "whole", "lookahead_steps": 7}}
+        (source,) = project.sources(changes)
+        pictures = [source.read(row).fields["png"] for row in range(len(source))]
+        return pictures, len(list(place.glob("*.tar"))), lookahead_steps(project.config(changes))
+
+    num_shards = len(list((project.run.directory / "data" / "images").glob("*.tar")))
+    plain, staged = reads(False), reads(True)
+    assert plain[0] == staged[0]
+    assert (plain[1:], staged[1:]) == ((0, LOCAL_LOOKAHEAD_STEPS), (num_shards, 7))
+
+
 @shows("data.cache.dir", "data.cache.mode", "data.cache.max_size", "data.cache.lookahead_steps")
 def test_remote_shards_are_copied_as_the_cache_says(project: Project) -> None:
     from vlm_dist.build.data import LOCAL_LOOKAHEAD_STEPS, lookahead_steps

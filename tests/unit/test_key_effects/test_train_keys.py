@@ -25,8 +25,8 @@ from vlm_dist.data.lengths.estimate import estimate_num_tokens
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.storage.open_files import OpenFiles
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
-from vlm_dist.distributed.progress import Progress
 from vlm_dist.data.workers.pool import WorkerPool
+from vlm_dist.distributed.progress import Progress
 from vlm_dist.engine import TrainableState
 from vlm_dist.errors import ConfigError
 from vlm_dist.model import attach_adapter, load_model

@@ -20,7 +20,7 @@ from vlm_dist.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    """How data that is not in local files is kept on this machine.
+    """How copies of data are kept on this machine.
 
     Attributes:
         dir: of the copies; None: a folder of this user in the directory for temporary files.
@@ -28,12 +28,14 @@ class CacheSettings:
         mode: `whole` copies shards, `range` reads samples where they are, `auto` copies them and reads samples where
             they are until the copy is there, and where there is no room for it.
         lookahead_steps: how many steps before it is needed a shard is fetched.
+        stage_files: shards in files are copied, too.
     """
 
     dir: Path | None = None
     max_bytes: int = 200 * 10**9
     mode: Literal["auto", "whole", "range"] = "auto"
     lookahead_steps: int = 64
+    stage_files: bool = False
 
 
 class ShardStorage(Protocol):
@@ -97,4 +99,9 @@ def open_storage(
         raise DataError(f"{where}: no shards")
     shown = patterns[0] if len(patterns) == 1 else None
     whole = [folder for pattern in patterns if (folder := Path(pattern).expanduser()).is_dir()]
-    return LocalShards(paths, index_dir), describe_shards(paths, index_dir, shown, whole)
+    manifest = describe_shards(paths, index_dir, shown, whole)
+    if cache.stage_files:
+        from vlm_dist.data.storage.staged_shards import StagedShards
+
+        return StagedShards(paths, manifest, index_dir, cache), manifest
+    return LocalShards(paths, index_dir), manifest

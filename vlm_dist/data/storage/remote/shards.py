@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,23 @@ _MAX_RANGES = 4
 log = logging.getLogger(__name__)
 
 
+class Indexes(Protocol):
+    """Where the indexes of shards are; picklable."""
+
+    def load(self, url: str, digest: str) -> ShardIndex:
+        """Load the index of a shard."""
+
+
+class Bytes(Protocol):
+    """What is needed of a `RemoteStore` when a shard is known."""
+
+    def read(self, url: str, start: int, stop: int, num_bytes: int) -> bytes:
+        """Read a range of bytes."""
+
+    def download(self, url: str, expected: RemoteObject, descriptor: int, on_bytes: Callable[[int], None]) -> int:
+        """Write an object to the start of an open file."""
+
+
 class RemoteShards:
     """Reads shards of a server, through copies on this machine.
 
@@ -44,9 +61,7 @@ class RemoteShards:
         settings: of the copies.
     """
 
-    def __init__(
-        self, urls: Sequence[str], manifest: Manifest, indexes: RemoteIndexes, settings: CacheSettings
-    ) -> None:
+    def __init__(self, urls: Sequence[str], manifest: Manifest, indexes: Indexes, settings: CacheSettings) -> None:
         self._urls = list(urls)
         self._sizes = [shard.num_bytes for shard in manifest.shards]
         self._digests = [shard.index_digest for shard in manifest.shards]
@@ -124,7 +139,7 @@ class RemoteShards:
                 check_open()
                 on_bytes(num_written)
 
-            return store_for(url).download(url, expected, descriptor, report)
+            return self._store(url).download(url, expected, descriptor, report)
 
         def check(copy: Path) -> None:
             index = self.index(shard, self._digests[shard])
@@ -155,7 +170,7 @@ class RemoteShards:
         """Read from the server; None where that gives whole shards only."""
         url = self._urls[shard]
         try:
-            return store_for(url).read(url, offset, offset + size, self._sizes[shard])
+            return self._store(url).read(url, offset, offset + size, self._sizes[shard])
         except RangeNotHonouredError:
             self._hosts_without_ranges.add(self._host(shard))
             if self._settings.mode == "range":
@@ -187,6 +202,9 @@ class RemoteShards:
         self._open.drop_where(Descriptor.is_deleted)
         self._get_cache().touch([self._key(shard)])
         return copy
+
+    def _store(self, url: str) -> Bytes:
+        return store_for(url)
 
     def _host(self, shard: int) -> str:
         return self._urls[shard].split("/", 3)[2]
