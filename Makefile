@@ -62,7 +62,7 @@ bench-scale: $(STAMP)  ## the planner with 10^9 samples and 1024 ranks; padding 
 chaos: $(STAMP)  ## every fault of the campaign, through whole runs (SEED=7, ONLY=kind)
 	$(BIN)/python -m tests.chaos --seed $(SEED) $(if $(ONLY),--only "$(ONLY)")
 
-cluster: $(STAMP)  ## all tests on a Slurm and ssh cluster of this machine, failing nodes included (root, ten minutes)
+cluster: $(STAMP)  ## all tests on a Slurm and ssh cluster of this machine, failing nodes included (root, a quarter of an hour)
 	VLM_DIST_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -m cluster $(PYTEST_ARGS)
 
 bench-checkpoint: $(STAMP)  ## bytes, stall and time to resume of checkpoints, beside DeepSpeed's own (BENCH=quick: under a minute)
