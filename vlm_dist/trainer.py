@@ -6,108 +6,22 @@ nothing of files, processes or DeepSpeed: it is given parts that do.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from vlm_dist.data.feed import FeedStep, StepFeed
-from vlm_dist.data.types import IGNORE_INDEX, MicroBatch, StepPlan
+from vlm_dist.data.types import IGNORE_INDEX, StepPlan
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.distributed.signals import AskedToStop, describe_stop
 from vlm_dist.engine import Engine, NonfiniteSteps, StepOutcome
 from vlm_dist.errors import DataError, DivergedError
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.window import MetricWindow
+from vlm_dist.trainer_parts import NOTHING_OWED, Cadence, Ending, Evaluates, Explains, Owed, Records, Saves, unexplained
 
 _NUM_EXAMPLES = 3
-
-
-class Ending(enum.Enum):
-    """Why the loop ended."""
-
-    COMPLETE = "complete"
-    STOPPED_AT = "stopped, as stop_at_step says,"
-    PREEMPTED = "stopped by a signal"
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """When things happen, in steps; 0 is never."""
-
-    num_steps: int
-    logging_steps: int
-    eval_steps: int
-    save_steps: int
-    stop_at_step: int | None = None
-    eval_on_start: bool = False
-
-    @property
-    def last_step(self) -> int:
-        """The position at which this run ends, though the schedule may go on."""
-        return min(self.num_steps, self.stop_at_step or self.num_steps)
-
-    def due(self, position: int, interval: int) -> bool:
-        """Whether something done every `interval` steps, and at the very end of training, is due."""
-        return interval > 0 and (position % interval == 0 or position == self.num_steps)
-
-
-@dataclass(frozen=True)
-class Owed:
-    """What a resumed run has to do at the position where it starts; the same on all ranks.
-
-    Attributes:
-        save: the checkpoint is not among those of this run: one that ended before its first own save could not resume.
-        evaluation: the run before has saved there, and ended before it had evaluated.
-    """
-
-    save: bool = False
-    evaluation: bool = False
-
-
-class Evaluates(Protocol):
-    """What the loop needs of an evaluator."""
-
-    def run(self, position: int) -> Mapping[str, float]:
-        """Evaluate at a position. Collective: every rank calls this."""
-
-
-class Saves(Protocol):
-    """What the loop needs of what saves; it writes while the loop goes on."""
-
-    def begin(self, position: int) -> None:
-        """Collect a checkpoint of a position, and have it written. Collective: every rank calls this."""
-
-    def evaluated(self, position: int, figures: Mapping[str, float]) -> None:
-        """Hear of an evaluation. Every rank calls this."""
-
-    def finish(self) -> None:
-        """Wait until all is written; raise on all ranks if it cannot be. Collective: every rank calls this."""
-
-    def settle(self) -> None:
-        """Tell all ranks what could not be written, and raise on all where it counts. Collective."""
-
-
-class Records(Protocol):
-    """What the loop needs of a sample ledger."""
-
-    def record(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, is_applied: bool) -> None:
-        """Write down what was in a step, after its update."""
-
-
-class Explains(Protocol):
-    """What the loop needs of something that knows why memory runs out."""
-
-    def __call__(self, doing: str, micro_batch: MicroBatch | None = None) -> AbstractContextManager[None]:
-        """Explain what goes wrong within."""
-
-
-def _unexplained(doing: str, micro_batch: MicroBatch | None = None) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
@@ -157,8 +71,8 @@ class Trainer:
         ignore_index: int = IGNORE_INDEX,
         ledger: Records | None = None,
         nonfinite: NonfiniteSteps | None = None,
-        explaining: Explains = _unexplained,
-        owed: Owed = Owed(),
+        explaining: Explains = unexplained,
+        owed: Owed = NOTHING_OWED,
     ) -> None:
         self.engine = engine
         self.feed = feed

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 
 from tests.cluster.cluster import Cluster, Job, Process
 from tests.cluster.sbatch import edited_script
-from tests.tiny_run import TinyRun
+from tests.tiny_run import ROOT, TinyRun
 from vlm_dist.data.ledger import LedgerSample, read_ledger
 
 STEPS = 36
 #: Micro-batches of a step, of all ranks.
-GLOBAL_ACCUMULATION = 24
-#: Of large steps, a second each, so that the job outlives what Slurm needs to notice a failure.
+GLOBAL_ACCUMULATION = 8
+#: In the environment: every micro-batch takes a third of a second more, on any machine, so that the job outlives what
+#: Slurm needs to notice a failure.
+SLOW = {"FAULT": "slow:0:forward:0"}
 OPTIONS = {
     "data.eval": "[]",
     "peft.lora_dropout": "0",
@@ -45,7 +47,9 @@ def submit(cluster: Cluster, run: TinyRun, output_dir: str, *overrides: str, nod
     accumulation = GLOBAL_ACCUMULATION // nodes
     sets = [part for word in (*words(output_dir, accumulation), *overrides) for part in ("--set", word)]
     script = edited_script(run, nodes=nodes, ntasks_per_node=1, gpus_per_node=1, **lines)
-    return cluster.submit(script, *sets, cwd=run.directory, environ=run.environment())
+    environ = run.environment() | SLOW
+    environ["PYTHONPATH"] = f"{ROOT / 'tests' / 'e2e' / 'preload_faults'}:{environ['PYTHONPATH']}"
+    return cluster.submit(script, *sets, cwd=run.directory, environ=environ)
 
 
 def output_of(job: Job, life: int) -> str:
@@ -62,6 +66,16 @@ def find_trainer(cluster: Cluster, node: str) -> Process:
     """The rank of a node, not what has started it."""
     started = cluster.processes(node, "-m vlm_dist.train --config")
     return next(process for process in started if "launcher." not in process.command)
+
+
+def first_step_after(job: Job, life: int) -> int | None:
+    """The first step that a later life has done; None: not yet.
+
+    The life after a failure may end at its start: a node that comes back can have a step of the same number left, with
+    which Slurm ends the new one.
+    """
+    steps = [step for later in range(life + 1, job.restarts + 1) for step in steps_of(job, later)]
+    return steps[0] if steps else None
 
 
 def nodes_of(cluster: Cluster, job: Job) -> list[str]:

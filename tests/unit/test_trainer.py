@@ -18,7 +18,8 @@ from vlm_dist.distributed.progress import Progress
 from vlm_dist.engine import StepOutcome
 from vlm_dist.errors import CheckpointError, DataError
 from vlm_dist.loss import token_loss_sum
-from vlm_dist.trainer import Cadence, Ending, Owed, Trainer, seed_micro_batch
+from vlm_dist.trainer import Trainer, seed_micro_batch
+from vlm_dist.trainer_parts import Cadence, Ending, Owed
 
 FIELDS = (
     *("stop", "fetch_error", "save_error"),

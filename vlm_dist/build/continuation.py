@@ -24,7 +24,7 @@ from vlm_dist.engine import Engine
 from vlm_dist.errors import CheckpointError
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.optim import make_lr_schedule
-from vlm_dist.trainer import Cadence, Owed
+from vlm_dist.trainer_parts import NOTHING_OWED, Cadence, Owed
 
 
 def fit_batch(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> BatchArithmetic:
@@ -180,7 +180,7 @@ def find_owed(cadence: Cadence, start: int, log: MetricLog, ranks: Ranks, *, is_
         is_own: see above.
     """
     if start == 0:
-        return Owed()
+        return NOTHING_OWED
     is_missing = not ranks.broadcast_object(log.has_eval(start))
     return Owed(save=not is_own, evaluation=cadence.due(start, cadence.eval_steps) and is_missing)
 

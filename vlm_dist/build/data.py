@@ -24,7 +24,7 @@ from vlm_dist.families import Family, check_attention, choose_family
 from vlm_dist.model import load_processor, load_rope_index
 from vlm_dist.model.checkpoint_files import native_class_name
 from vlm_dist.model.class_checks import naming_what_belongs
-from vlm_dist.trainer import Cadence
+from vlm_dist.trainer_parts import Cadence
 
 #: With fewer, packs are hard to balance and far from full.
 MIN_SAMPLES_PER_PACK = 4

@@ -59,7 +59,8 @@ from vlm_dist.errors import ExitCode
 from vlm_dist.model import check_compilation, check_quantization, prepare_checkpoint, tower_namer, try_compiler
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.logging_setup import configure_logging
-from vlm_dist.trainer import Ending, Trainer
+from vlm_dist.trainer import Trainer
+from vlm_dist.trainer_parts import Ending
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> ExitCode:
