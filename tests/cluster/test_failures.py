@@ -113,7 +113,9 @@ def test_the_job_goes_on_elsewhere(event: Event, cluster: Cluster, run: TinyRun,
 
     assert event.why.format(node=node) in output_of(job, life)
     assert reached - first + 1 <= 4  # of the checkpoints at every second step, the newest may have been half written
-    report(event.name, noticed=noticed, restarted=restarted, training_again=trained, steps_lost=reached - first + 1)
+    report(
+        event.name, noticed=noticed, restarted=restarted, training_again=trained, steps_lost=max(0, reached - first + 1)
+    )
     if node not in nodes_of(cluster, job):
         cluster.wait_for_node(node, "idle")
         assert cluster.orphans([node]) == {}
