@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,8 @@ EXPORTED_PREFIXES = (
     "VLM_DIST_",
     "WANDB_",
 )
+_LOGIN_SECONDS = 10
+_MAX_LOGINS = 64
 _OWN_FILES = (Path("~/.deepspeed_env"), Path(".deepspeed_env"))
 
 
@@ -75,6 +79,44 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if problems:
         raise ConfigError("\n".join(problems))
     return hosts
+
+
+def check_reachable(hosts: Sequence[str]) -> None:
+    """Log in to every host once, all at the same time, as the runner will.
+
+    It looks at the first host alone; one that is missing later leaves the ranks of the others waiting for minutes.
+
+    Raises:
+        ConfigError: with every host that does not answer, and what ssh says.
+    """
+    if not hosts:
+        return
+    with ThreadPoolExecutor(min(len(hosts), _MAX_LOGINS)) as threads:
+        problems = [problem for problem in threads.map(_log_in, hosts) if problem is not None]
+    if problems:
+        raise ConfigError(
+            "cannot log in by ssh, which has to work without a password:\n  "
+            + "\n  ".join(problems)
+            + "\ntry it by hand, or take the host out of the hostfile"
+        )
+
+
+def _log_in(host: str) -> str | None:
+    """What is wrong with a host; None: nothing."""
+    options = ["-o", "BatchMode=yes", "-o", "PasswordAuthentication=no", "-o", f"ConnectTimeout={_LOGIN_SECONDS}"]
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["ssh", *options, host, "true"],  # noqa: S607 - wherever this machine has it
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=3 * _LOGIN_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{host}: no answer for {3 * _LOGIN_SECONDS} s"
+    said = done.stderr.strip().splitlines()
+    return None if done.returncode == 0 else f"{host}: {said[-1] if said else f'exit code {done.returncode}'}"
 
 
 def make_export_file(environ: Mapping[str, str], own_files: Sequence[Path] = _OWN_FILES) -> ExportFile:

@@ -80,6 +80,7 @@ class LaunchPlan:
         export_file: content of a temporary file, whose path goes into DS_ENV_FILE.
         translated: signal -> what the command is sent in its place.
         notices: what is worth a line.
+        hosts: where ssh has to work before it starts.
     """
 
     title: str
@@ -90,6 +91,7 @@ class LaunchPlan:
     export_file: str | None = None
     translated: Mapping[int, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
     def as_shell(self) -> str:
         """The plan as lines that a shell would run."""
@@ -187,6 +189,8 @@ def _hostfile(request: Request, environ: Mapping[str, str]) -> LaunchPlan:
         unset=_left(environ),
         export_file=exports.text if len(names) > 1 else None,
         notices=exports.notices if len(names) > 1 else (),
+        # doctor tells of hosts that do not answer by itself
+        hosts=tuple(names) if len(names) > 1 and not request.doctor else (),
     )
 
 

@@ -96,11 +96,13 @@ def launch_run(options: argparse.Namespace) -> int:
 
 def _start(plan: LaunchPlan) -> int:
     from launcher.foreground import run_in_foreground
+    from launcher.hosts import check_reachable
     from launcher.plan import EXPORT_FILE
 
     for notice in plan.notices:
         print(f"notice: {notice}", file=sys.stderr)
     print(f"launch: {plan.title}", file=sys.stderr, flush=True)
+    check_reachable(plan.hosts)
     environment = {name: value for name, value in os.environ.items() if name not in plan.unset}
     environment |= plan.environment
     if plan.export_file is None:

@@ -336,6 +336,19 @@ exit "$code"
 """
 
 
+def test_every_host_that_does_not_answer_is_named_before_anything_starts(place):
+    (place / "bin" / "ssh").write_text(
+        '#!/bin/bash\n[[ " $* " == *" gpu1 "* ]] && exit 0\necho "ssh: connect to host: timed out" >&2\nexit 255\n'
+    )
+    (place / "bin" / "ssh").chmod(0o755)
+    fake(place, "pdsh")
+    (place / "hosts").write_text("gpu1 slots=1\ngpu2 slots=1\ngpu3 slots=1\n")
+    ended = launch(place, "--hostfile", "hosts")
+    assert ended.returncode == 2
+    assert "gpu2: ssh: connect to host: timed out\n  gpu3: ssh" in ended.stderr and "gpu1:" not in ended.stderr
+    assert not (place / "record").exists()
+
+
 @pytest.mark.e2e
 def test_a_signal_reaches_the_ranks_of_all_hosts_and_their_exit_code_comes_back(place):
     (place / "vlm_dist_sleeper.py").write_text(SLEEPER)
