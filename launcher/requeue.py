@@ -22,7 +22,7 @@ from pathlib import Path
 from launcher.elastic_rank import FINAL
 from launcher.first_error import blamed_rank, first_error, last_words, read_tail, shortened
 from launcher.slurm_rank import DIRECTORY, log_path
-from vlm_dist.errors import ExitCode
+from vlm_dist.errors import ConfigError, ExitCode
 
 #: How often one job is started again, where MAX_REQUEUES does not say.
 DEFAULT_MAX_REQUEUES = 20
@@ -187,7 +187,7 @@ def main(srun_code: int, environ: Mapping[str, str]) -> int:
     end = read_end(life, srun_code)
     failed_at = _read_step(note)
     restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
-    max_requeues = int(environ.get("MAX_REQUEUES") or DEFAULT_MAX_REQUEUES)
+    max_requeues = read_max_requeues(environ)
     again, why = decide(end, restarts, max_requeues, failed_at)
     if end.code == ExitCode.DONE:
         if environ.get("KEEP_LOGS", "") in ("", "0"):
@@ -208,6 +208,18 @@ def main(srun_code: int, environ: Mapping[str, str]) -> int:
         if asked.returncode:
             _say(f"scontrol requeue failed: {asked.stderr.strip()}; submit again with train.resume=auto")
     return end.exit_code
+
+
+def read_max_requeues(environ: Mapping[str, str]) -> int:
+    """How often the job may be started again.
+
+    Raises:
+        ConfigError: MAX_REQUEUES is no such number.
+    """
+    told = environ.get("MAX_REQUEUES") or str(DEFAULT_MAX_REQUEUES)
+    if not (told.isascii() and told.isdigit()):
+        raise ConfigError(f"MAX_REQUEUES={told}: expected a whole number from 0 on")
+    return int(told)
 
 
 def _read_step(note: Path) -> int | None:

@@ -46,6 +46,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     environ = own_variables(environ)
     life = int(environ.get("SLURM_RESTART_COUNT") or 0)
     try:
+        requeue.read_max_requeues(environ)  # hours before it is needed
         run_file, trainer = _read_run(arguments, environ, life)
         container = find_container(environ, Path.cwd())
         environment = make_environment(environ)

@@ -125,6 +125,12 @@ def test_what_another_start_would_repeat_is_not_requeued(code, environ, why, sub
     assert not (tmp_path / "requeued").exists()
 
 
+def test_a_limit_of_requeues_that_is_no_number_is_told_before_anything_starts(submit, tmp_path):
+    done = submit(MAX_REQUEUES="-1")
+    assert done.returncode == 2
+    assert done.stderr == "error: MAX_REQUEUES=-1: expected a whole number from 0 on\n"
+
+
 def test_a_failure_is_tried_once_more_at_the_same_step(submit, tmp_path):
     assert submit(PROBE_EXIT="6").returncode == 6
     assert (tmp_path / "requeued").exists()
