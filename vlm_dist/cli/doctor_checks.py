@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vlm_dist.cli.doctor_facts import NodeFacts
 from vlm_dist.cli.doctor_links import Links
 from vlm_dist.cli.doctor_zero import ModelSize, advise, zero_cost
+from vlm_dist.cli.messages import counted
 
 if TYPE_CHECKING:
     from vlm_dist.config import RunConfig
@@ -186,7 +187,7 @@ def _data(examined: Examined) -> Iterator[Finding]:
     per_node = config.train.balance_scope == "node"
     for position, first in enumerate(nodes[0].sources):
         seen = [(node.host, node.sources[position]) for node in nodes]
-        counts = [(host, f"{facts.num_shards:,} files, {facts.num_bytes / GB:.2f} GB") for host, facts in seen]
+        counts = [(host, f"{counted(facts.num_shards, 'file')}, {_size(facts.num_bytes)}") for host, facts in seen]
         missing = [host for host, facts in seen if facts.num_shards == 0]
         what = f"data: {first.path}"
         if missing:
