@@ -198,6 +198,8 @@ def main(srun_code: int, environ: Mapping[str, str]) -> int:
         with contextlib.suppress(OSError):  # a disk that is full; MAX_REQUEUES counts all the same
             note.write_text(str(end.step))
     _say(why)
+    if end.code == ExitCode.PREEMPTED and end.step < 0:
+        _say("asked to stop before its first step: --time has to be well above the lead of --signal (10 minutes)")
     if again:
         asked = subprocess.run(  # noqa: S603
             ["scontrol", "requeue", job_name(environ)],  # noqa: S607 - wherever this cluster has it

@@ -103,7 +103,7 @@ def test_a_job_of_slurm_from_the_run_file(cluster: Cluster, run: TinyRun, alone:
     sets = [word for override in (*OPTIONS, "train.output_dir=slurm") for word in ("--set", override)]
     submitted = cluster.login(
         *("vlm-dist", "launch", "configs/tiny.yaml", "--slurm", "--nodes", "2", "--gpus-per-node", "1"),
-        *("--account", "students", "--partition", "test", "--time", "0:10:00", "--sbatch=--cpus-per-task=2"),
+        *("--account", "students", "--partition", "test", "--time", "1:00:00", "--sbatch=--cpus-per-task=2"),
         *sets,
         *("--set", "train.gradient_accumulation_steps=1"),
         cwd=run.directory,
