@@ -146,7 +146,7 @@ class Cluster:
 
     def processes(self, node: str, containing: str) -> list[Process]:
         """Living processes of a node whose command line has that text."""
-        listed = self.on(node, "ps", "-e", "-o", "pid=,stat=,args=")
+        listed = self.on(node, "ps", "-e", "-ww", "-o", "pid=,stat=,args=")
         assert listed.exit_code == 0, listed.output
         found = []
         for line in listed.stdout.splitlines():
