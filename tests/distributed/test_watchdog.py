@@ -38,7 +38,7 @@ def jump_about() -> None:
     time.time = lambda: now() + 3600 * (int(time.monotonic() * 7) % 3 - 1)  # type: ignore[assignment]
 
 
-def in_their_own_words(ranks: Ranks, disturb: Any, directory: Path, results: Any) -> None:
+def in_their_own_words(ranks: Ranks, disturb: Any, directory: Path, hang_seconds: float, results: Any) -> None:
     """Steps of a barrier each, with what `disturb` does; tells how this rank ended, and what it said."""
     sys.stderr = (directory / f"stderr-{ranks.rank}").open("w")
     jump_about()
@@ -47,7 +47,7 @@ def in_their_own_words(ranks: Ranks, disturb: Any, directory: Path, results: Any
         results.put((ranks.rank, code, time.monotonic()))
         os._exit(0)
 
-    with Watchdog(ranks, HANG_SECONDS, directory / "stacks", end):
+    with Watchdog(ranks, hang_seconds, directory / "stacks", end):
         for step in range(10**6):
             ranks.progress.at("forward", step, [f"images/a.tar:{ranks.rank}-{step}"])
             disturb(ranks, step)
@@ -59,10 +59,14 @@ def in_their_own_words(ranks: Ranks, disturb: Any, directory: Path, results: Any
             time.sleep(60)  # as NCCL, which does not tell that a rank is gone
 
 
-def run_disturbed(disturb: Any, world_size: int, directory: Path, wait_seconds: float = 45.0) -> dict[int, int]:
+def run_disturbed(
+    disturb: Any, world_size: int, directory: Path, wait_seconds: float = 45.0, hang_seconds: float = HANG_SECONDS
+) -> dict[int, int]:
     """Rank -> exit code, of those that told."""
     results = multiprocessing.get_context("fork").SimpleQueue()
-    run_doomed_ranks(in_their_own_words, world_size, disturb, directory, results, timeout_seconds=wait_seconds)
+    run_doomed_ranks(
+        in_their_own_words, world_size, disturb, directory, hang_seconds, results, timeout_seconds=wait_seconds
+    )
     codes = {}
     while not results.empty():
         rank, code, _ = results.get()
@@ -110,7 +114,8 @@ def stand_still(ranks: Ranks, step: int) -> None:
 def test_a_rank_that_is_gone_is_named_though_the_backend_waits(
     disturb: Any, gone: int, words: str, tmp_path: Path
 ) -> None:
-    codes = run_disturbed(disturb, 3, tmp_path)
+    # as in earnest, a hang is long after a silence
+    codes = run_disturbed(disturb, 3, tmp_path, hang_seconds=5 * HANG_SECONDS)
     left = [rank for rank in range(3) if rank != gone]
     assert codes == dict.fromkeys(left, int(ExitCode.DISTRIBUTED))
     said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in left)
