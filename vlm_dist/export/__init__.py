@@ -1,0 +1,1 @@
+"""An adapter on its way out: merged into its base, and verified."""

@@ -1,0 +1,1 @@
+"""The shell of the pages that preview and report write: one file, no network, light and dark."""
