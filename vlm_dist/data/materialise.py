@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from vlm_dist.data.encoding.conversation import Conversation
 from vlm_dist.data.encoding.dummies import DummyRows
 from vlm_dist.data.encoding.encode import Encoder
 from vlm_dist.data.encoding.fit import Fitter, MediaSizes, VisualCounter
-from vlm_dist.data.encoding.fitted import FittingEncoder, SampleLength
+from vlm_dist.data.encoding.fitted import Fitted, FittingEncoder, SampleLength
+from vlm_dist.data.encoding.inside import SampleInside
 from vlm_dist.data.encoding.labels import RenderedText, Renderer, make_labels
 from vlm_dist.data.encoding.packing import PackRoom, RopePositions, pack
 from vlm_dist.data.encoding.preconditions import (
@@ -67,8 +68,10 @@ class _Sample:
     num_patches: int = 0
     num_frames: int | None = None  # of its clips
     reference: str = ""
+    other_references: tuple[str, ...] = ()
     was_reduced: bool = False
     was_cut: bool = False
+    inside: SampleInside | None = None  # for whoever looks; otherwise pictures are not kept until all are there
 
 
 class Materialiser:
@@ -87,6 +90,8 @@ class Materialiser:
         seed: of the run, for processors that draw random numbers.
         for_generation: prompts without the last answer, padded on the left; the answers are `references`, labels are
             all ignored.
+        several_answers: a list in the column of the answer means that each of them is right: the first is what labels
+            and `references` have, the others are `other_references`. Always so `for_generation`.
         rope_positions: the model's own positions of one sample; needed for packs of families with "mrope".
 
     Raises:
@@ -104,12 +109,14 @@ class Materialiser:
         seed: int,
         for_generation: bool = False,
         rope_positions: RopePositions | None = None,
+        several_answers: bool = False,
     ) -> None:
         self._sources = list(sources)
         self._family = family
         self._config = collator_config
         self._seed = seed
         self._for_generation = for_generation
+        self._several_answers = several_answers or for_generation
         self._rope_positions = rope_positions
         self._towers = towers
         check_family(family)
@@ -148,7 +155,33 @@ class Materialiser:
         Raises:
             DataError: the storage fails; no single sample is to blame.
         """
-        outcomes = {slot: self._try(job, slot, self._materialise) for slot in _working_order(job)}
+        return self._compose(job, self._materialise)[0]
+
+    def look_inside(self, job: MicroBatchJob) -> tuple[MicroBatch, list[SampleInside | NullSlot]]:
+        """Make one micro-batch, and tell what its samples were on the way, slot by slot; for a person's eyes.
+
+        Raises:
+            DataError: the storage fails.
+        """
+        batch, outcomes = self._compose(job, self._materialise_in_sight)
+        told: list[SampleInside | NullSlot] = []
+        row = start = 0
+        for outcome in outcomes:
+            if isinstance(outcome, NullSlot):
+                told.append(outcome)
+                continue
+            assert outcome.inside is not None
+            length = outcome.example.labels.shape[0]
+            if self._padding.side == "left":
+                start = batch.labels.shape[1] - length
+            told.append(replace(outcome.inside, row=row, start=start))
+            row, start = (0, start + length) if job.pack is not None else (row + 1, 0)
+        return batch, told
+
+    def _compose(
+        self, job: MicroBatchJob, make: Callable[[RawSample, SampleRef, int], _Sample]
+    ) -> tuple[MicroBatch, list[_Sample | NullSlot]]:
+        outcomes = {slot: self._try(job, slot, make) for slot in _working_order(job)}
         progress.between_samples()
         samples: list[_Sample] = []
         null_slots: list[NullSlot] = []
@@ -156,14 +189,15 @@ class Materialiser:
         for slot in range(len(job.refs)):  # the plan's order, whatever the order of work was
             outcome = outcomes[slot]
             if isinstance(outcome, _Sample) and room is not None:
-                outcome = _take_room(room, outcome)
+                outcome = outcomes[slot] = _take_room(room, outcome)
             if isinstance(outcome, _Sample):
                 samples.append(outcome)
             else:
                 null_slots.append(outcome)
         if self._family.equal_frames:
             samples, unequal = _with_equal_frames(samples)
-            null_slots += unequal
+            null_slots += unequal.values()
+            outcomes |= {slot: unequal.get(id(outcome), outcome) for slot, outcome in outcomes.items()}
         examples = [sample.example for sample in samples]
         examples += self._dummies.missing(examples)
         if job.pack is None:
@@ -171,21 +205,27 @@ class Materialiser:
             inputs, labels = collate(rows, self._family, self._padding)
         else:
             inputs, labels = pack(examples, self._family, self._rope_positions)
-        return MicroBatch(
+        sample_tokens = [sample.example.labels.shape[0] for sample in samples]
+        pieces = labels[: len(samples)] if job.pack is None else labels[0, : sum(sample_tokens)].split(sample_tokens)
+        batch = MicroBatch(
             job=job,
             inputs=inputs,
             labels=labels.masked_fill(labels == IGNORE_INDEX, self._config.label_masking.ignore_index),
             num_samples=len(samples),
             num_target_tokens=int((labels != IGNORE_INDEX).sum()),
-            num_tokens=sum(sample.example.labels.shape[0] for sample in samples),
+            num_tokens=sum(sample_tokens),
             num_computed_tokens=labels.numel(),
             null_slots=null_slots,
             origins=[sample.origin for sample in samples],
             refs=[sample.ref for sample in samples],
             references=[sample.reference for sample in samples] if self._for_generation else [],
+            other_references=[sample.other_references for sample in samples] if self._for_generation else [],
             num_reduced=sum(sample.was_reduced for sample in samples),
             num_cut=sum(sample.was_cut for sample in samples),
+            sample_tokens=sample_tokens,
+            sample_targets=[int((piece != IGNORE_INDEX).sum()) for piece in pieces],
         )
+        return batch, [outcomes[slot] for slot in range(len(job.refs))]
 
     def name_samples(self, job: MicroBatchJob) -> list[str]:
         """Name a job's samples, for messages."""
@@ -251,7 +291,8 @@ class Materialiser:
 
     def _render(self, raw: RawSample) -> tuple[Conversation, RenderedText, str, str | None]:
         """Make the conversation, its text, the reference and, where it is no part of the text, the answer."""
-        conversation = self._builder.build(raw.fields)
+        fields = self._builder.each_answer(raw.fields)[0] if self._several_answers else raw.fields
+        conversation = self._builder.build(fields)
         reference = ""
         answer: str | None = None
         if self._for_generation or self._family.answer_argument is not None:
@@ -271,6 +312,14 @@ class Materialiser:
         return MediaSizes(tuple(filter(None, images)), tuple(filter(None, clips)))
 
     def _materialise(self, raw: RawSample, ref: SampleRef, step: int) -> _Sample:
+        return self._encode(raw, ref, step)[0]
+
+    def _materialise_in_sight(self, raw: RawSample, ref: SampleRef, step: int) -> _Sample:
+        sample, conversation, rendered, fitted = self._encode(raw, ref, step)
+        sample.inside = SampleInside.of(raw, ref, conversation, rendered, fitted)
+        return sample
+
+    def _encode(self, raw: RawSample, ref: SampleRef, step: int) -> tuple[_Sample, Conversation, RenderedText, Fitted]:
         conversation, rendered, reference, answer = self._render(raw)
         images = [self._decode_image(image) for image in conversation.images]
         clips = [self._decode_video(video) for video in conversation.videos]
@@ -289,7 +338,15 @@ class Materialiser:
         example = Example(encoded.tokens, encoded.visual, labels, kinds)
         num_patches = int(encoded.is_visual.sum()) * self._family.patches_per_token
         num_frames = max((len(clip.indices) for clip in fitted.clips), default=None)
-        return _Sample(example, raw.origin, ref, num_patches, num_frames, reference, fitted.was_reduced, fitted.was_cut)
+        others = self._other_references(raw)
+        seen = (num_patches, num_frames, reference, others, fitted.was_reduced, fitted.was_cut)
+        sample = _Sample(example, raw.origin, ref, *seen)
+        return sample, conversation, rendered, fitted
+
+    def _other_references(self, raw: RawSample) -> tuple[str, ...]:
+        if not self._for_generation:
+            return ()
+        return tuple(self._builder.build(one).prompt()[1] for one in self._builder.each_answer(raw.fields)[1:])
 
     def _decode_image(self, media: bytes) -> Picture:
         settings = self._config.image_processing
@@ -326,13 +383,17 @@ def _take_room(room: PackRoom, sample: _Sample) -> _Sample | NullSlot:
     return sample
 
 
-def _with_equal_frames(samples: Sequence[_Sample]) -> tuple[list[_Sample], list[NullSlot]]:
+def _with_equal_frames(samples: Sequence[_Sample]) -> tuple[list[_Sample], dict[int, NullSlot]]:
     """Leave out the samples whose clips are not as long as those of the first sample that has one.
 
     The plan puts clips of equal numbers of frames together, by what the files' headers say; a damaged file has fewer.
+
+    Returns:
+        Those that are kept, and the slots of the others by the sample's `id`.
     """
     planned = next((sample.num_frames for sample in samples if sample.num_frames), None)
-    kept, left_out = [], []
+    kept: list[_Sample] = []
+    left_out: dict[int, NullSlot] = {}
     for sample in samples:
         if sample.num_frames in (None, planned):
             kept.append(sample)
@@ -341,7 +402,7 @@ def _with_equal_frames(samples: Sequence[_Sample]) -> tuple[list[_Sample], list[
             f"its clip gives {sample.num_frames} frames, the others of its micro-batch {planned}; models of this "
             "family take clips of one length at a time"
         )
-        left_out.append(NullSlot(sample.origin, "bad_sample", message))
+        left_out[id(sample)] = NullSlot(sample.origin, "bad_sample", message)
     return kept, left_out
 
 

@@ -209,6 +209,8 @@ class MicroBatch:
         num_computed_tokens: B x T.
         num_reduced: samples whose images or clips were made smaller to fit max_length.
         num_cut: samples whose text was cut at max_length.
+        sample_tokens: real tokens of each sample, in the order of `refs`.
+        sample_targets: labels that carry loss of each sample; read row by row, the labels come in this order.
     """
 
     job: MicroBatchJob
@@ -222,5 +224,8 @@ class MicroBatch:
     origins: list[SampleOrigin] = field(default_factory=list)
     refs: list[SampleRef] = field(default_factory=list)  # of the same samples as `origins`
     references: list[str] = field(default_factory=list)  # the answers, for evaluation by generation; else empty
+    other_references: list[tuple[str, ...]] = field(default_factory=list)  # what is right too, of the same samples
     num_reduced: int = 0
     num_cut: int = 0
+    sample_tokens: list[int] = field(default_factory=list)
+    sample_targets: list[int] = field(default_factory=list)

@@ -22,12 +22,14 @@ class Fitted:
 
     Attributes:
         encoded: the sample.
-        clips: its videos, in the form that fits.
+        images: its pictures, in the form that fits.
+        clips: its videos, the same.
         was_reduced: its media were made smaller.
         was_cut: its text was cut.
     """
 
     encoded: Encoded
+    images: Sequence[Picture] = ()
     clips: Sequence[Clip] = ()
     was_reduced: bool = False
     was_cut: bool = False
@@ -83,13 +85,13 @@ class FittingEncoder:
         if not self._may_truncate:
             encoded = self._encoder.encode(rendered, images, clips, answer=answer)
             self._refuse_above_limit(encoded.num_tokens)
-            return Fitted(encoded, clips)
+            return Fitted(encoded, images, clips)
         sizes = MediaSizes.of(images, clips)
         if answer is None and len(rendered.text.encode()) + self._fitter.count(sizes) <= limit:
             # a token is at least a byte: it fits, and its text need not be tokenised apart from its media first
             encoded = self._encoder.encode(rendered, images, clips)
             if encoded.num_tokens <= limit:
-                return Fitted(encoded, clips)
+                return Fitted(encoded, images, clips)
         budget, must_cut = self._visual_budget(self._encoder.measure_text(rendered, answer), sizes)
         was_reduced = False
         for _ in range(_MAX_REFITS):
@@ -103,9 +105,9 @@ class FittingEncoder:
             encoded = self._encoder.encode(rendered, images, clips, answer=answer)
             num_over = encoded.num_tokens - limit
             if num_over <= 0:
-                return Fitted(encoded, clips, was_reduced)
+                return Fitted(encoded, images, clips, was_reduced)
             if must_cut and encoded.num_kept < limit:
-                return Fitted(encoded.cut(limit), clips, was_reduced, was_cut=True)
+                return Fitted(encoded.cut(limit), images, clips, was_reduced, was_cut=True)
             budget = self._fitter.count(sizes) - num_over  # the prediction was too low by so much
         raise SkipSample("too_long", f"max_length {limit} has no room for the media in their smallest form")
 
