@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_dist.cli.arguments import Commands
 from vlm_dist.cli.messages import counted
 from vlm_dist.errors import ConfigError, DistributedError, ExitCode
+from vlm_dist.observability.findings import Finding, Level, format_table
 
 if TYPE_CHECKING:
-    from vlm_dist.cli.doctor_checks import Examined, Finding
+    from vlm_dist.cli.doctor_checks import Examined
     from vlm_dist.cli.doctor_facts import NodeFacts
     from vlm_dist.config import RunConfig
     from vlm_dist.distributed.environment import Topology
@@ -45,7 +44,7 @@ def add_commands(commands: Commands) -> None:
 
 def examine(options: argparse.Namespace) -> int:
     """Examine, on all ranks; the first one prints. Gives back the exit code."""
-    from vlm_dist.cli.doctor_checks import Examined, Finding, Level, check_all
+    from vlm_dist.cli.doctor_checks import Examined, check_all
     from vlm_dist.distributed.environment import resolve_topology
     from vlm_dist.distributed.process_settings import settle
 
@@ -72,25 +71,11 @@ def examine(options: argparse.Namespace) -> int:
         assert own is not None
         examined = Examined([own], config=config, ranks_per_node={own.host: 1})
     findings = sorted([*findings, *check_all(examined)], key=lambda finding: finding.level)
-    print(table(findings, len(examined.nodes), examined.num_ranks))
+    num_nodes, num_ranks = len(examined.nodes), examined.num_ranks
+    title = f"{counted(num_nodes, 'node')}, {num_ranks} process{'es' if num_ranks > 1 else ''}"
+    print(format_table(findings, f"vlm-dist doctor: {title}"))
     has_problem = any(finding.level is Level.PROBLEM for finding in findings)
     return int(ExitCode.FAILURE if has_problem else ExitCode.DONE)
-
-
-def table(findings: Sequence[Finding], num_nodes: int, num_ranks: int) -> str:
-    """One row per finding, and its fix below it."""
-    counts = {level: sum(finding.level.name == level for finding in findings) for level in ("PROBLEM", "WARNING")}
-    title = f"{counted(num_nodes, 'node')}, {num_ranks} process{'es' if num_ranks > 1 else ''}"
-    said = ", ".join(counted(count, level.lower()) for level, count in counts.items())
-    lines = [f"vlm-dist doctor: {title}: {said}"]
-    width = min(max((len(finding.what) for finding in findings), default=0), 32)
-    for finding in findings:
-        level = finding.level.name if finding.level.name in counts else "ok"
-        lines.append(f"{level:8} {finding.what:{width}}  {finding.found}")
-        lines += textwrap.wrap(f"-> {finding.fix}", 110, initial_indent=" " * 9, subsequent_indent=" " * 12) * bool(
-            finding.fix
-        )
-    return "\n".join(lines)
 
 
 def _load(options: argparse.Namespace) -> tuple[RunConfig | None, list[str]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from vlm_dist.cli.doctor_facts import NodeFacts
 from vlm_dist.cli.doctor_links import Links
 from vlm_dist.cli.doctor_zero import ModelSize, advise, zero_cost
 from vlm_dist.cli.messages import counted
+from vlm_dist.observability.findings import Finding, Level
 
 if TYPE_CHECKING:
     from vlm_dist.config import RunConfig
@@ -25,31 +25,6 @@ _SHM = "/dev/shm"  # noqa: S108  # a name in the table
 MAX_CLOCK_SECONDS = 1.0
 #: A link that is slower than the others by so much is told.
 SLOW_LINK = 0.5
-
-
-class Level(IntEnum):
-    """How bad; the order of the table."""
-
-    PROBLEM = 0
-    WARNING = 1
-    OK = 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row of the table.
-
-    Attributes:
-        level: how bad.
-        what: which check.
-        found: what was found.
-        fix: what to do; empty where nothing is.
-    """
-
-    level: Level
-    what: str
-    found: str
-    fix: str = ""
 
 
 @dataclass(frozen=True)

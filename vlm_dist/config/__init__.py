@@ -7,7 +7,7 @@ Names no torch, and takes a fraction of a second to import: the launcher uses it
 
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch, resolve_interval
 from vlm_dist.config.data import DataConfig, DataSource
-from vlm_dist.config.load import load_run
+from vlm_dist.config.load import Drafted, draft_run, load_run
 from vlm_dist.config.peft import PeftConfig, TowerPolicies
 from vlm_dist.config.run import DEFAULT_RUN_FILE, SECTIONS, RunConfig
 from vlm_dist.config.train import TrainConfig
@@ -20,6 +20,7 @@ __all__ = [
     "BatchArithmetic",
     "DataConfig",
     "DataSource",
+    "Drafted",
     "LoadingParams",
     "ModelClassEntry",
     "PeftConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "TrainConfig",
     "VlmCollatorConfig",
     "VlmModelConfig",
+    "draft_run",
     "load_run",
     "resolve_batch",
     "resolve_interval",

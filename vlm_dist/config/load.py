@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,40 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every problem of all files, one per line.
     """
-    return _Load(Path(path)).run(overrides)
+    loading = _Load(Path(path))
+    config = loading.run(overrides)
+    if config is None or loading.problems:
+        raise _config_error(loading.problems, loading.sources)
+    return config
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A configuration with what is wrong with it.
+
+    Attributes:
+        config: with defaults in the place of wrong values; None: there is not enough for one.
+        problems: one line each, in the order of the files.
+        broken: sections in which something is wrong: nothing can be said of what depends on them.
+    """
+
+    config: RunConfig | None
+    problems: list[str]
+    broken: frozenset[str]
+
+
+def draft_run(path: Path | str, overrides: Sequence[str] = ()) -> Drafted:
+    """Read what decides a run, to examine as much of it as can be: nothing is raised.
+
+    Args:
+        path: a run file, or a resolved configuration.
+        overrides: as given to `--set`.
+    """
+    loading = _Load(Path(path))
+    config = loading.run(overrides)
+    problems = str(_config_error(loading.problems, loading.sources)).splitlines() if loading.problems else []
+    sections = {str(one[0]) for one in loading.broken if one}
+    return Drafted(config, problems, frozenset(sections))
 
 
 class _Load:
@@ -54,13 +88,14 @@ class _Load:
         self.broken: list[KeyPath] = []  # paths whose values are wrong: no law is applied to them
         self.sources: list[str] = []  # in the order in which problems are reported
 
-    def run(self, overrides: Sequence[str]) -> RunConfig:
+    def run(self, overrides: Sequence[str]) -> RunConfig | None:
+        """The configuration, as good as it can be made; None: there is not enough for one. See `problems`."""
         document = self._read(self.path)
         if not isinstance(document.value, dict):
             self._problem(document.origins[()], "", f"got {describe(document.value)}, expected keys: model, configs, …")
             document.value = {}
         if self.problems and not document.value:
-            raise _config_error(self.problems, self.sources)
+            return None
         if isinstance(document.value, dict) and "model_id" in document.value and not _RUN_FILE_KEYS & {*document.value}:
             self._lay_resolved(document)
         else:
@@ -145,7 +180,7 @@ class _Load:
         except KeyError as error:
             self.problems.append(Problem(origin, str(error.args[0])))
 
-    def _check(self) -> RunConfig:
+    def _check(self) -> RunConfig | None:
         sections = {}
         for name, schema in SECTIONS.items():
             sections[name], broken = self._validate(name, schema, self.layers.value.get(name, {}))
@@ -153,9 +188,10 @@ class _Load:
         model_id, deepspeed = (self._run_text(key) for key in _RUN_KEYS)
         if deepspeed is not None and not Path(deepspeed).is_file():
             self._problem(self._locate(("deepspeed",)), "deepspeed", f"no such file: {deepspeed}")
+            self.broken.append(("deepspeed",))
         notices = self._apply_laws(Draft(model_id, **sections))
-        if self.problems or model_id is None or deepspeed is None:
-            raise _config_error(self.problems, self.sources)
+        if model_id is None or deepspeed is None:
+            return None
         return RunConfig(model_id=model_id, deepspeed=Path(deepspeed), notices=notices, **sections)
 
     def _run_text(self, key: str) -> str | None:
@@ -169,7 +205,7 @@ class _Load:
         return None
 
     def _apply_laws(self, draft: Draft) -> tuple[str, ...]:
-        notices = []
+        notices, violated = [], []
         for finding in findings(draft):
             if any(_overlap(path, broken) for path in (finding.path, *finding.also) for broken in self.broken):
                 continue
@@ -178,6 +214,8 @@ class _Load:
                 notices.append(str(problem))
             else:
                 self.problems.append(problem)
+                violated.append(finding.path)
+        self.broken += violated  # only now: another law about the same value has its own word to say
         return tuple(notices)
 
     def _validate(

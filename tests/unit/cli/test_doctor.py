@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlm_dist.cli.doctor import table
-from vlm_dist.cli.doctor_checks import Examined, Level, check_all
+from vlm_dist.cli.doctor_checks import Examined, check_all
 from vlm_dist.cli.doctor_facts import NodeFacts, SourceFacts, read_rate
 from vlm_dist.cli.doctor_links import Links
 from vlm_dist.cli.doctor_zero import ModelSize, advise, model_size, zero_cost
 from vlm_dist.config import RunConfig
+from vlm_dist.observability.findings import Level, format_table
 
 PROJECT = Path(__file__).resolve().parents[3]
 GB = 10**9
@@ -135,7 +135,7 @@ def test_a_driver_without_usable_gpus_is_a_problem_and_a_machine_without_is_none
 
 def test_problems_come_first_and_every_fix_is_below_its_row():
     bad = replace(GOOD, open_files=10, gpus=GOOD.gpus[:1])
-    lines = table(check_all(examined(bad)), 2, 16).splitlines()
+    lines = format_table(check_all(examined(bad)), "vlm-dist doctor: 2 nodes, 16 processes").splitlines()
     assert lines[0] == "vlm-dist doctor: 2 nodes, 16 processes: 2 problems, 1 warning"
     assert [line.split()[0] for line in lines[1:6]] == ["PROBLEM", "->", "PROBLEM", "->", "WARNING"]
     assert all(line.startswith(("ok ", " ")) for line in lines[7:])
