@@ -9,17 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from vlm_dist.data.feed import FeedStep, StepFeed
-from vlm_dist.data.types import IGNORE_INDEX, StepPlan
+from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.distributed.signals import AskedToStop, describe_stop
 from vlm_dist.engine import Engine, NonfiniteSteps, StepOutcome
 from vlm_dist.errors import DataError, DivergedError
+from vlm_dist.meter import Meter, StepTally
 from vlm_dist.observability.log import MetricLog
-from vlm_dist.observability.window import MetricWindow
-from vlm_dist.trainer_parts import NOTHING_OWED, Cadence, Ending, Evaluates, Explains, Owed, Records, Saves, unexplained
+from vlm_dist.trainer_parts import (
+    NOTHING_OWED,
+    Cadence,
+    Ending,
+    Evaluates,
+    Explains,
+    LosesPatience,
+    Owed,
+    Profiles,
+    Records,
+    Saves,
+    unexplained,
+    unprofiled,
+)
 
 _NUM_EXAMPLES = 3
 
@@ -47,12 +59,15 @@ class Trainer:
         log: where figures and messages go.
         saver: writes checkpoints.
         evaluator: None without held-out data.
+        patience: ends the run when evaluations get no better; None: nothing does.
         seed: of the run.
         start: number of steps that are done already.
         ignore_index: the label of tokens without loss.
         ledger: is told the samples of each step; None: nobody asks for them.
         nonfinite: judges steps that were not applied; None: they are skipped, up to 10 in a row.
         explaining: a context that explains a want of memory.
+        profiling: a context around each step.
+        meter: measures the steps; None: one that knows nothing of the model and the sources.
         owed: what of `start` is still to be done.
     """
 
@@ -66,12 +81,15 @@ class Trainer:
         log: MetricLog,
         saver: Saves,
         evaluator: Evaluates | None,
+        patience: LosesPatience | None = None,
         seed: int,
         start: int,
         ignore_index: int = IGNORE_INDEX,
         ledger: Records | None = None,
         nonfinite: NonfiniteSteps | None = None,
         explaining: Explains = unexplained,
+        profiling: Profiles = unprofiled,
+        meter: Meter | None = None,
         owed: Owed = NOTHING_OWED,
     ) -> None:
         self.engine = engine
@@ -81,18 +99,19 @@ class Trainer:
         self.log = log
         self.saver = saver
         self.evaluator = evaluator
+        self.patience = patience
         self.seed = seed
         self.ignore_index = ignore_index
         self.ledger = ledger
         self.explaining = explaining
+        self.profiling = profiling
+        self.meter = meter or Meter(ranks, cadence, log, engine.device, start=start)
         self.nonfinite = nonfinite or NonfiniteSteps("skip", 10, ranks, log.message)
         self.position = start
         self._has_targets = start > 0  # a resumed run has had some before
         self._owed = owed
         self._saved_at = start if start and not owed.save else -1
         self._evaluated_at = -1
-        self._window = MetricWindow()
-        self._unreported: tuple[StepPlan, StepOutcome | None] | None = None  # the last step, while it is in no line
 
     def run(self) -> Ending:
         """Train. Collective: every rank calls this.
@@ -118,7 +137,8 @@ class Trainer:
             self._save()
         if self._owed.evaluation or (self.cadence.eval_on_start and self.position == 0):
             self._evaluate()
-        for fetched in self.feed if self.position < self.cadence.last_step else ():
+        self.meter.start_clock()
+        for fetched in self.feed if self._goes_on else ():
             if fetched.verdict.ranks_with("save_error"):
                 self.saver.settle()
             if fetched.verdict.ranks_with("fetch_error"):
@@ -132,107 +152,90 @@ class Trainer:
                 self._save_and_wait()
                 return Ending.PREEMPTED
             try:
-                outcome = self._train_step(fetched)
+                with self.profiling(fetched.plan.step + 1):
+                    self._train_step(fetched)
             except DivergedError:  # raised by all ranks alike; nothing of this step was applied
                 self._save_and_wait()
                 raise
             self.position = fetched.plan.step + 1
             self.ranks.progress.at("reporting", self.position)
-            self._report(fetched.plan, outcome)
+            self.meter.report(self.position)
             if self.cadence.due(self.position, self.cadence.save_steps):
                 self._save()  # first: an evaluation can outlast the grace period of a job that is asked to stop
             if self.cadence.due(self.position, self.cadence.eval_steps):
                 self._evaluate()
-            if self.position >= self.cadence.last_step:
+            if not self._goes_on:
                 break
             self.ranks.progress.at("data wait")
+        if self._has_lost_patience:
+            self.log.message(f"{self.patience}: the run ends at step {self.position} of {self.cadence.num_steps}")
         self._save_and_wait()
         if not self._has_targets and self.position:
             raise DataError(
                 f"nothing was learned: no sample of the {self.position} steps could be used, or none has an answer; "
                 "quarantine/rank-*.jsonl in output_dir says why, sample by sample"
             )
-        return Ending.COMPLETE if self.position >= self.cadence.num_steps else Ending.STOPPED_AT
+        is_complete = self.position >= self.cadence.num_steps or self._has_lost_patience
+        return Ending.COMPLETE if is_complete else Ending.STOPPED_AT
 
-    def _train_step(self, fetched: FeedStep) -> StepOutcome | None:
-        """One optimizer update; None where no rank has a target token, so that there is nothing to learn."""
-        totals = fetched.verdict.total
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.engine.device)
-        losses: list[torch.Tensor] = []
-        outcome, is_lost = None, False
-        if totals["num_target_tokens"]:
+    @property
+    def _has_lost_patience(self) -> bool:
+        return self.patience is not None and self.patience.is_over
+
+    @property
+    def _goes_on(self) -> bool:
+        return self.position < self.cadence.last_step and not self._has_lost_patience
+
+    def _train_step(self, fetched: FeedStep) -> None:
+        """One optimizer update; none where no rank has a target token, so that there is nothing to learn."""
+        num_targets = fetched.verdict.total["num_target_tokens"]
+        tally = StepTally(self.meter)
+        outcome: StepOutcome | None = None
+        is_lost = False
+        if num_targets:
             self._has_targets = True
             for micro_batch in fetched.micro_batches:
                 seed_micro_batch(self.seed, micro_batch.job.step, micro_batch.job.micro_batch)
                 with self.explaining(f"step {fetched.plan.step + 1}", micro_batch):
                     self.ranks.progress.at("forward", samples=micro_batch.origins)
-                    micro_loss = self.engine.loss(micro_batch.inputs, micro_batch.labels, self.ignore_index)
+                    with tally.forward(micro_batch) as groups:
+                        micro_loss = self.engine.loss(micro_batch.inputs, micro_batch.labels, self.ignore_index, groups)
                     self.ranks.progress.at("backward", samples=micro_batch.origins)
-                    self.engine.backward(micro_loss, totals["num_target_tokens"])
-                losses.append(micro_loss.detach())
-                loss_sum += losses[-1]
+                    self.engine.backward(micro_loss, num_targets)
+                tally.losses.append(micro_loss.detach())
             self.ranks.progress.at("step", samples=[one for batch in fetched.micro_batches for one in batch.origins])
             with self.explaining(f"step {fetched.plan.step + 1}, optimizer step"):
                 outcome = self.engine.step()
-            is_lost = self.nonfinite.judge(fetched.plan.step + 1, outcome, losses, fetched.micro_batches)
+            is_lost = self.nonfinite.judge(fetched.plan.step + 1, outcome, tally.losses, fetched.micro_batches)
         if self.ledger is not None:
             is_applied = outcome is not None and outcome.applied
             self.ledger.record(fetched.plan, fetched.micro_batches, is_applied=is_applied)
-        self._window.add(
-            loss_sum=loss_sum, totals=totals, data_wait_seconds=fetched.data_wait_seconds, is_finite=not is_lost
-        )
-        return outcome
-
-    def _report(self, plan: StepPlan, outcome: StepOutcome | None) -> None:
-        """Log the window when it is due."""
-        self._unreported = (plan, outcome)
-        ends_here = self.position == self.cadence.last_step
-        if ends_here or self.cadence.due(self.position, self.cadence.logging_steps):
-            self._report_window()
-        if self._unreported is not None:
-            self.log.advance(self.position)
-
-    def _report_window(self) -> None:
-        """Log the steps since the last line, if there are any; the only place that waits for the device."""
-        if self._unreported is None or self.cadence.logging_steps == 0:
-            return
-        (plan, outcome), self._unreported = self._unreported, None
-        sums = torch.tensor(self._window.rank_sums(), dtype=torch.float64)
-        dist.all_reduce(sums, group=self.ranks.control)
-        metrics = self._window.flush(
-            sums=sums.tolist(),
-            world_size=self.ranks.world_size,
-            step=self.position,
-            num_steps=self.cadence.num_steps,
-            epoch=plan.epoch,
-            learning_rate=outcome.learning_rate if outcome else 0.0,
-            grad_norm=outcome.grad_norm if outcome else None,
-        )
-        self.log.log_step(metrics)
+        self.meter.add(tally, fetched, outcome, is_finite=not is_lost)
 
     def _evaluate(self) -> None:
         if self.evaluator is None or self._evaluated_at == self.position:
             return
         self._evaluated_at = self.position
         self.ranks.progress.at("evaluation")
-        with self.explaining(f"evaluation at step {self.position}"):
+        with self.meter.pause("evaluation"), self.explaining(f"evaluation at step {self.position}"):
             figures = dict(self.evaluator.run(self.position))
         self.log.log_eval(self.position, figures)
         self.saver.evaluated(self.position, figures)
-        self._window.restart_clock()
+        if self.patience is not None:
+            self.patience.hear(self.position, figures)
 
     def _save(self) -> None:
         if self._saved_at == self.position or self.position == 0:
             return
         self._saved_at = self.position
         self.ranks.progress.at("saving")
-        self.saver.begin(self.position)
-        self._window.restart_clock()
+        with self.meter.pause("save"):
+            self.saver.begin(self.position)
 
     def _save_and_wait(self) -> None:
         """Have this position on the disk, before anything ends. Collective: every rank calls this."""
         self._save()
-        self._report_window()  # a run that goes on from here begins a window of its own
+        self.meter.report_window(self.position)  # a run that goes on from here begins a window of its own
         self.saver.finish()
 
     def _examples(self, fetched: FeedStep) -> list[str]:

@@ -63,6 +63,17 @@ class Evaluates(Protocol):
         """Evaluate at a position. Collective: every rank calls this."""
 
 
+class LosesPatience(Protocol):
+    """What the loop needs of early stopping; the same on every rank, and its text is why the run is over."""
+
+    def hear(self, position: int, figures: Mapping[str, float]) -> None:
+        """Hear of an evaluation."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is to end now."""
+
+
 class Saves(Protocol):
     """What the loop needs of what saves; it writes while the loop goes on."""
 
@@ -84,6 +95,18 @@ class Records(Protocol):
 
     def record(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, is_applied: bool) -> None:
         """Write down what was in a step, after its update."""
+
+
+class Profiles(Protocol):
+    """What the loop needs of something that looks at steps as they run."""
+
+    def __call__(self, position: int) -> AbstractContextManager[None]:
+        """Look at a step, the so-many-th from 1."""
+
+
+def unprofiled(position: int) -> AbstractContextManager[None]:
+    """Let it run as it is."""
+    return nullcontext()
 
 
 class Explains(Protocol):

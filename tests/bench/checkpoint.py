@@ -65,6 +65,8 @@ class _Log:
 
     def message(self, text: str) -> None: ...
 
+    def event(self, event: str, /, step: int | None = None, **fields: Any) -> None: ...
+
     def log_save(self, step: int, metrics: Any) -> None:
         self.stalls.append(metrics["save_stall_seconds"])
 

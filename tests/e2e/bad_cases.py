@@ -72,7 +72,7 @@ CASES = [
     config("no value", changed("train.seed"), "expected section.key=value, such as train.learning_rate=1e-4"),
     config("unknown variable", ["--config", "configs/variable.yaml"], "{quesiton_column}", "{question_column}?"),
     config("two precisions", changed("train.bf16=true", "train.fp16=true"), "at most one of them"),
-    config("not yet", changed("train.report_to=tensorboard"), "not yet supported; use wandb or none"),
+    config("not yet", changed("train.report_to=mlflow"), "not yet supported; use wandb, tensorboard or none"),
     config(
         "all at once",
         changed("train.seed=x", "peft.r=0", "collator.text_processing.max_length=-1"),

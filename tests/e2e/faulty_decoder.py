@@ -66,6 +66,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     from tests.e2e import faulty_decoder  # the class must have a name that workers find
-    from vlm_dist.train import leave
+    from vlm_dist.entry import leave
 
     leave(faulty_decoder.main()) if len(sys.argv) > 1 else sys.exit(2)

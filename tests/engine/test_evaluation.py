@@ -11,7 +11,7 @@ import torch
 
 from tests.engine import tiny
 from tests.ranks import Ranks, run_ranks
-from tests.unit.test_evaluate import ENTRY, SHAPE, InlinePool, Questions, make_evaluator
+from tests.unit.test_evaluate import ENTRY, METRICS, SHAPE, InlinePool, Questions, make_evaluator
 from vlm_dist.config.peft import PeftConfig
 from vlm_dist.data.types import MicroBatchJob, SampleRef
 from vlm_dist.demo.tiny_model import save_tiny_qwen2_vl
@@ -49,7 +49,9 @@ def train(ranks: Ranks, directory: Path, stage: int, evaluating: bool, out: Path
     processor = load_processor(str(directory), ENTRY)
     pool = InlinePool(sources, processor)
     # 5 samples on 2 ranks, 2 at a time: rank 1's last batch is nothing but a dummy
-    evaluator = make_evaluator(ranks, directory, [Questions("held-out", 5)], engine, predictions_dir=out)
+    evaluator = make_evaluator(
+        ranks, directory, [Questions("held-out", 5)], engine, predictions_dir=out, metrics=METRICS
+    )
     losses, metrics = [], []
     for step in range(3):
         refs = tuple(SampleRef(0, 4 * step + 2 * ranks.rank + i) for i in (0, 1))
@@ -88,6 +90,7 @@ def test_evaluation_on_real_engines(tmp_path: Path) -> None:
     for two, three in zip(results[0]["zero2 True"]["metrics"], results[0]["zero3 True"]["metrics"], strict=True):
         assert three == pytest.approx(two, rel=1e-4)
         assert two["held-out/num_samples"] == 5
+        assert {f"held-out/{name}" for name in METRICS} < set(two)
     for step in range(3):
         lines = [(tmp_path / stage / f"step-{step}.jsonl").read_text() for stage in ("zero2", "zero3")]
         assert lines[0] == lines[1]

@@ -41,7 +41,7 @@ LOADED = {
 
 
 def make_saver(engine: Engine, ranks: Ranks, directory: Path) -> SlicedCheckpointSaver:
-    log: Any = SimpleNamespace(message=lambda text: None, log_save=lambda *_: None)
+    log: Any = SimpleNamespace(message=lambda text: None, log_save=lambda *_: None, event=lambda *_, **__: None)
     facts = RunFacts(plan={"position": 2}, global_batch_size=6)
     return SlicedCheckpointSaver(
         CheckpointStore(directory), engine, ranks, Places(is_writer=ranks.is_main), lambda position: facts, log

@@ -109,13 +109,13 @@ def watch(parts: RunParts, seen: Seen, *, gradients: bool) -> None:
         return value
 
     engine.step, engine.loss = watched_step, watched_loss  # type: ignore[method-assign]
-    judge_totals = parts.trainer._window.add
+    judge_totals = parts.trainer.meter.window.add
 
     def watched_add(**kwargs: Any) -> None:
         seen.targets.append(kwargs["totals"]["num_target_tokens"])
         judge_totals(**kwargs)
 
-    parts.trainer._window.add = watched_add  # type: ignore[method-assign]
+    parts.trainer.meter.window.add = watched_add  # type: ignore[method-assign]
 
 
 def put_together(by_rank: list[Any], shapes: Mapping[str, torch.Size]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Questions:
-    """A source of questions about grey squares; row 1 cannot be decoded."""
+    """A source of questions about grey squares."""
 
     def __init__(self, name: str, size: int, broken: Sequence[int] = ()) -> None:
         self.name, self.size, self.broken = name, size, broken
@@ -125,6 +125,7 @@ class InlinePool:
             null_slots=null_slots,
             origins=origins,
             references=answers,
+            other_references=[(f"{answer}!", "number") for answer in answers] if self.prompts_only else [],
         )
 
 
@@ -155,6 +156,10 @@ def make_evaluator(ranks: Ranks, tiny_dir: Path, sources: list[Questions], engin
     return Evaluator(**{**arguments, **changes})
 
 
+#: One that is a mean, and some that are not, with one reference and with several.
+METRICS = ("exact_match", "anls", "wer", "bleu", "chrf")
+
+
 def evaluate(ranks: Ranks, tiny_dir: Path, sources: list[Questions], out: Path | None) -> dict[str, Any]:
     engine = make_engine(tiny_dir)
     calls = {"forward": 0, "generate": 0}
@@ -175,7 +180,7 @@ def evaluate(ranks: Ranks, tiny_dir: Path, sources: list[Questions], out: Path |
     handle: Any = None
     hook()
     engine.module.generate = counted_generate
-    metrics = make_evaluator(ranks, tiny_dir, sources, engine, predictions_dir=out).run(7)
+    metrics = make_evaluator(ranks, tiny_dir, sources, engine, predictions_dir=out, metrics=METRICS).run(7)
     return {"metrics": metrics, "calls": calls}
 
 
@@ -210,6 +215,21 @@ def test_every_held_out_sample_counts_exactly_once(alone: tuple[dict[str, float]
     keys = [(one["source"], one["key"]) for one in predictions]
     assert keys == [*(("squares", f"{i:03}") for i in range(9) if i != 1), ("few", "000")]
     assert predictions[0]["reference"] == "It is 0" and "which digit 0?" in predictions[0]["prompt"]
+    assert predictions[0]["references"] == ["It is 0", "It is 0!", "number"]
+
+
+def test_metrics_are_of_each_source_and_of_all(alone: tuple[dict[str, float], list[dict[str, Any]]]) -> None:
+    """From what the file says of each answer; word errors over all words, of the reference that fits best."""
+    metrics, predictions = alone
+    for source in ("squares", "few", "overall"):
+        own = [one for one in predictions if source in (one["source"], "overall")]
+        assert metrics[f"{source}/num_answers"] == len(own) > 0
+        assert metrics[f"{source}/anls"] == pytest.approx(sum(one["anls"] for one in own) / len(own))
+        assert 0 <= metrics[f"{source}/chrf"] <= 1
+        assert min(one["wer"] for one in own) <= metrics[f"{source}/wer"] <= max(one["wer"] for one in own)
+    assert metrics["overall/num_samples"] == 9 and metrics["overall/num_skipped"] == 1
+    total = metrics["squares/loss"] * 8 + metrics["few/loss"]
+    assert metrics["overall/loss"] == pytest.approx(total / 9, rel=0.05)  # answers have nearly the same length
 
 
 def test_loss_and_answers_are_those_of_one_sample_at_a_time(
@@ -302,8 +322,9 @@ def loss_only(ranks: Ranks, tiny_dir: Path) -> dict[str, float]:
 
 def test_without_generation_there_is_the_loss_alone(tiny_dir: Path) -> None:
     (metrics,) = run_ranks(loss_only, 1, tiny_dir)
-    assert set(metrics) == {f"same#{i}/{name}" for i in (0, 1) for name in ("loss", "num_samples", "num_skipped")}
-    assert math.isnan(metrics["same#0/loss"]) and metrics["same#1/loss"] > 0
+    names = ("same#0", "same#1", "overall")
+    assert set(metrics) == {f"{i}/{name}" for i in names for name in ("loss", "num_samples", "num_skipped")}
+    assert math.isnan(metrics["same#0/loss"]) and metrics["same#1/loss"] == metrics["overall/loss"] > 0
 
 
 def unreadable(ranks: Ranks, tiny_dir: Path) -> str:
@@ -329,7 +350,7 @@ def failing_on_one(ranks: Ranks, tiny_dir: Path, where: str) -> str:
 
     evaluator = make_evaluator(ranks, tiny_dir, sources, make_engine(tiny_dir), generation_pool=None)
     if ranks.rank == 1:
-        owner: Any = {"announce": sources[0], "submit": evaluator._pool, "plan": evaluator._plans[0]}[where]
+        owner: Any = {"announce": sources[0], "submit": evaluator._pool, "plan": evaluator._walk.plans[0]}[where]
         setattr(owner, {"announce": "will_read", "submit": "submit", "plan": "step"}[where], fail)
     try:
         evaluator.run(0)

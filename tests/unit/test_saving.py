@@ -31,5 +31,5 @@ def test_the_best_by_a_source_that_is_not_there_is_refused() -> None:
 
     for metric in (None, "eval_loss", "images/loss", "eval_images/loss", "eval_clips/exact_match"):
         check(metric)
-    with pytest.raises(ConfigError, match="no source 'imges', only images, eval_clips; did you mean images"):
+    with pytest.raises(ConfigError, match="no source 'imges', only images, eval_clips, overall; did you mean images"):
         check("imges/loss")

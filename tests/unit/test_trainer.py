@@ -40,7 +40,9 @@ class Engine:
         self.num_targets: list[int] = []
         self.noise: list[float] = []
 
-    def loss(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    def loss(
+        self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, ignore_index: int, groups: Any = None
+    ) -> torch.Tensor:
         self.calls.append("loss")
         self.noise.append(float(torch.rand(())))
         return token_loss_sum(torch.zeros(1, 4, 8, requires_grad=True), labels, ignore_index)
@@ -62,7 +64,7 @@ class Log:
     evals: list[int] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
 
-    def advance(self, step: int) -> None: ...
+    def advance(self, step: int, eta_seconds: float | None) -> None: ...
 
     def log_step(self, metrics: Any) -> None:
         self.steps.append(metrics.step)
@@ -124,6 +126,7 @@ def feed(start: int, stop: int, *, events: dict[int, dict[str, int]] | None = No
             micro_batches=batches,
             verdict=verdict,
             data_wait_seconds=0.0,
+            fetch_seconds=0.0,
             error=error,
             overdrawn=ErrorBudget(0.0).add({"num_samples": 7, "null_decode": counts.get("null_decode", 0)}),
             bad_samples=("vqa/0.tar:7 (decode): cut",),
@@ -208,6 +211,36 @@ def test_stop_at_step_ends_there_and_keeps_the_schedule(ranks: Any) -> None:
     trainer, engine, log, saved = make(ranks, feed(0, 10), stop_at_step=5, logging_steps=4)
     assert trainer.run() is Ending.STOPPED_AT
     assert (saved, engine.calls.count("step"), log.steps) == ([5], 5, [4, 5])
+
+
+class Impatient:
+    """Loses its patience with the second evaluation."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def hear(self, position: int, figures: Any) -> None:
+        self.heard.append(position)
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.heard) > 1
+
+    def __str__(self) -> str:
+        return "enough"
+
+
+def test_a_run_that_gets_no_better_is_complete(ranks: Any) -> None:
+    trainer, engine, log, saved = make(ranks, feed(0, 10), eval_steps=3, save_steps=4)
+    trainer.patience = Impatient()
+    assert trainer.run() is Ending.COMPLETE
+    assert (trainer.patience.heard, saved, engine.calls.count("step")) == ([3, 6], [4, 6], 6)
+    assert "enough: the run ends at step 6 of 10" in log.messages
+    # resumed from there, it has heard the same
+    again, engine, _, saved = make(ranks, feed(6, 10), start=6)
+    again.patience = trainer.patience
+    assert again.run() is Ending.COMPLETE
+    assert (saved, engine.calls, again.position) == ([], [], 6)
 
 
 @pytest.mark.parametrize("start", [5, 8])

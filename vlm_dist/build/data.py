@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vlm_dist.config import RunConfig
+from vlm_dist.config import DataSource, RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_interval
 from vlm_dist.config.section import num_bytes
 from vlm_dist.data.encoding.packing import check_packing
@@ -61,16 +61,12 @@ def open_sources_alone(config: RunConfig, which: str, work: Work | None = None) 
     settings = getattr(config.data, which)
     if which == "train" and not settings:
         raise ConfigError("data_config.yaml: data.train is empty; name at least one source of samples")
-    columns = config.collator.dataset_columns.mapping
-    media = {columns[key] for key in ("image_column", "video_column") if key in columns}
-    used = set(config.collator.required_columns.values()) if config.train.remove_unused_columns else None
-    cache = cache_settings(config)
     opened: list[Source] = []
     for i, one in enumerate(settings):
         if work is not None:
             work.doing = f"opening data.{which}[{i}]" + (f" ({one.name})" if one.name else "")
         try:
-            opened.append(open_source(one, config.data.index_dir, media, used, cache))
+            opened.append(open_one_source(config, one))
         except DataError as error:
             later = [*settings[i + 1 :], *(config.data.eval if which == "train" else ())]
             others = [problem for other in later if (problem := missing_data(other)) is not None]
@@ -78,6 +74,18 @@ def open_sources_alone(config: RunConfig, which: str, work: Work | None = None) 
                 raise
             raise DataError("\n".join([str(error), *dict.fromkeys(others)])) from error
     return opened
+
+
+def open_one_source(config: RunConfig, settings: DataSource) -> Source:
+    """Open one entry of `data.train` or `data.eval` in this process.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    columns = config.collator.dataset_columns.mapping
+    media = {columns[key] for key in ("image_column", "video_column") if key in columns}
+    used = set(config.collator.required_columns.values()) if config.train.remove_unused_columns else None
+    return open_source(settings, config.data.index_dir, media, used, cache_settings(config))
 
 
 def cache_settings(config: RunConfig) -> CacheSettings:
@@ -148,16 +156,24 @@ def make_materialisers(
 
     revision = config.model.loading_for(config.model_id).revision
 
-    def materialiser(sources: list[Source], for_generation: bool = False) -> Materialiser:
+    def materialiser(sources: list[Source], for_generation: bool = False, held_out: bool = False) -> Materialiser:
         with naming_what_belongs(processor, config.model_entry, family.name, config.model_id, revision):
             return Materialiser(
-                sources, processor, family, config.collator, towers, config.train.seed, for_generation, rope_positions
+                sources,
+                processor,
+                family,
+                config.collator,
+                towers,
+                config.train.seed,
+                for_generation,
+                rope_positions,
+                several_answers=held_out,
             )
 
     return ByPurpose(
         {
             "train": materialiser(train_sources),
-            "eval": materialiser(eval_sources),
+            "eval": materialiser(eval_sources, held_out=True),
             "generate": materialiser(eval_sources, for_generation=True),
         }
     )

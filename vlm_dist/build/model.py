@@ -26,7 +26,13 @@ from vlm_dist.model import (
 
 
 def make_model(
-    config: RunConfig, ds_config: Mapping[str, Any], processor: Any, ranks: Ranks, report: Callable[[str], None]
+    config: RunConfig,
+    ds_config: Mapping[str, Any],
+    processor: Any,
+    ranks: Ranks,
+    report: Callable[[str], None],
+    *,
+    writes_description: bool = True,
 ) -> tuple[Any, int]:
     """Load the model, partitioned under ZeRO-3, and attach the adapter. Collective: every rank calls this.
 
@@ -36,6 +42,7 @@ def make_model(
         processor: knows which tokens are new; is written into the run's directory where some are.
         ranks: of the run.
         report: takes lines for people.
+        writes_description: into the run's directory: what is trained, and a processor with new tokens.
 
     Returns:
         The model, and how many of its parameters are trained.
@@ -65,7 +72,7 @@ def make_model(
             new = processor.tokenizer.convert_ids_to_tokens(processor.new_token_ids)
             check_tokens_are_learned(model, new)
             report(f"{len(new)} new special tokens; the vocabulary has {num_rows} rows. The tokenizer is in processor/")
-        if ranks.is_main:
+        if ranks.is_main and writes_description:
             if processor.new_token_ids:
                 processor.save_pretrained(train.output_dir / "processor")
             (train.output_dir / "trained_modules.txt").write_text(describe_trained(model), encoding="utf-8")

@@ -8,13 +8,10 @@ from typing import Any
 from torch import nn
 
 from vlm_dist.config import RunConfig
-from vlm_dist.data.purposes import PurposePool
-from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.types import MicroBatch, MicroBatchJob, Source
+from vlm_dist.data.types import MicroBatch, MicroBatchJob
 from vlm_dist.data.workers.pool import WorkerPool
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import Engine, merge_deepspeed_config
-from vlm_dist.evaluate import Evaluator
 from vlm_dist.model import tower_rates
 from vlm_dist.optim import make_lr_schedule, make_optimizer, parameter_groups
 
@@ -76,32 +73,4 @@ def make_pool(config: RunConfig, materialise: Callable[[MicroBatchJob], MicroBat
         sample_timeout_seconds=config.data.sample_timeout_seconds,
         max_memory_bytes=None if gib is None else int(gib * 2**30),
         pin_memory=config.train.dataloader_pin_memory and has_gpu,
-    )
-
-
-def make_evaluator(
-    config: RunConfig,
-    ranks: Ranks,
-    engine: Engine,
-    sources: list[Source],
-    pool: WorkerPool,
-    processor: Any,
-    quarantine: Quarantine,
-) -> Evaluator | None:
-    """The held-out sources' evaluator; None where there are no such sources."""
-    if not sources:
-        return None
-    train_config = config.train
-    return Evaluator(
-        engine=engine,
-        ranks=ranks,
-        sources=sources,
-        pool=PurposePool(pool, "eval"),
-        per_device_eval_batch_size=train_config.per_device_eval_batch_size,
-        generation_pool=PurposePool(pool, "generate") if train_config.predict_with_generate else None,
-        tokenizer=getattr(processor, "tokenizer", processor),
-        max_new_tokens=train_config.generation_max_new_tokens,
-        predictions_dir=train_config.output_dir / "predictions",
-        ignore_index=config.collator.label_masking.ignore_index,
-        quarantine=quarantine,
     )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from vlm_dist.build.continuation import (
     check_continuation,
@@ -29,18 +29,20 @@ from vlm_dist.build.data import (
     ranks_per_node,
 )
 from vlm_dist.build.ending import collective_timeout, told_clearly
+from vlm_dist.build.evaluation import make_evaluator, make_patience
 from vlm_dist.build.lengths import describe_lengths, make_lengths
+from vlm_dist.build.life import RunLife
 from vlm_dist.build.memory_check import guard_memory, make_worst_case
+from vlm_dist.build.metering import keep_adapters, make_log, make_meter, make_profile, show_pictures
 from vlm_dist.build.model import make_model
-from vlm_dist.build.parts import ds_merger, make_engine, make_evaluator, make_pool
-from vlm_dist.build.saving import check_best_metric, make_saver
+from vlm_dist.build.parts import ds_merger, make_engine, make_pool
+from vlm_dist.build.saving import check_best_metric, make_saver, publish_adapter
 from vlm_dist.checkpoint import (
     CheckpointStore,
     choose_checkpoint,
     leave_later_checkpoints,
     open_starting_point,
     restore_checkpoint,
-    save_adapter,
     start_from,
 )
 from vlm_dist.config import RunConfig
@@ -84,7 +86,11 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> ExitCode:
     ranks = init_process_groups(topology, collective_timeout(config.train), stop)
     ending = Ending.PREEMPTED
     try:
-        with told_clearly(config.train, ranks), run_parts(config, ranks) as parts:
+        with (
+            RunLife(config.train.output_dir, ranks) as life,
+            told_clearly(config.train, ranks),
+            run_parts(config, ranks, life) as parts,
+        ):
             ending = parts.trainer.run()
             parts.tell_ending(ending)
     except AskedToStop as asked:
@@ -100,32 +106,39 @@ class RunParts:
 
     trainer: Trainer
     log: MetricLog
-    publish_adapter: Callable[[], Any]
+    publish_adapter: Callable[[], Path]
+    keep_adapters: Callable[[Path, int], None]
+    life: RunLife
 
     def tell_ending(self, ending: Ending) -> None:
         """Say how it ended; publish the adapter of a complete run. Collective: every rank calls this."""
         position, total = self.trainer.position, self.trainer.cadence.num_steps
         if ending is Ending.COMPLETE:
-            self.log.message(f"done: {total} steps; adapter: {self.publish_adapter()}")
+            adapter = self.publish_adapter()
+            self.log.message(f"done: {position} steps; adapter: {adapter}")
+            self.keep_adapters(adapter, position)
+            self.life.done(position, adapter)
         else:
             self.log.message(f"{ending.value} at step {position} of {total}; continue with --set train.resume=auto")
+            self.life.stopped(position, ending.value)
         self.trainer.ranks.barrier()  # nobody takes the engine apart while another still needs a collective
 
 
 @contextmanager
-def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
-    """Build all parts of a run, and take them apart again in the reverse order. Collective: every rank calls this."""
+def run_parts(config: RunConfig, ranks: Ranks, life: RunLife | None = None) -> Iterator[RunParts]:
+    """Build all parts of a run, and take them apart again in the reverse order. Collective: every rank calls this.
+
+    Args:
+        config: of the run.
+        ranks: this process among its peers.
+        life: writes down the start, and later how it ended; None: only the start is.
+    """
     train_config = config.train
+    life = life or RunLife(train_config.output_dir, ranks)
     ranks.leave_if_asked()
     with ExitStack() as stack, ranks.progress.until_leaving():
-        log = MetricLog(
-            train_config.output_dir,
-            rank=ranks.rank,
-            report_to=train_config.report_to,
-            run_name=train_config.run_name or train_config.output_dir.resolve().name,
-            config=config.dump(),
-            wandb_project=train_config.wandb_project,
-        )
+        with agree_on_failure(ranks):
+            log = make_log(config, ranks)
         store = CheckpointStore(train_config.output_dir, report=log.message)
         places = prepare_output_dir(config, store, ranks)
         checkpoint = choose_checkpoint(store, ranks, train_config.resume, places)
@@ -152,6 +165,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
             check_best_metric(config, eval_sources)
             processor, family = make_processor(config)
             materialise = make_materialisers(config, train_sources, eval_sources, processor, family)
+            show_pictures(config, ranks, log, eval_sources, family)
         planned_with = checkpoint.info["plan"].get("lengths") if checkpoint is not None else None
         lengths = make_lengths(config, train_sources, processor, family, materialise, planned_with, ranks)
         per_node = ranks_per_node(config, ranks)
@@ -164,6 +178,13 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
             if ranks.is_main:  # only now: a run that is refused leaves that of the run before it alone
                 write_description(config, plan)
         start = checkpoint.step if checkpoint is not None else 0
+        life.begin(
+            start,
+            num_steps=plan.num_steps,
+            global_batch_size=batch.global_batch_size,
+            resumed_from=checkpoint.path.name if checkpoint is not None else None,
+            started_from=str(config.peft.adapter) if checkpoint is None and config.peft.adapter is not None else None,
+        )
         log.message(f"{batch}; {plan.steps_per_epoch} steps per epoch, {plan.num_steps} steps in all")
         if (told := describe_lengths(config, lengths)) is not None:
             log.message(told)
@@ -245,6 +266,8 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
         log.start(start_step=start, num_steps=plan.num_steps)
         stack.push(log)
         stack.push(saver)  # closed before the log: it still has something to tell
+        meter = make_meter(config, ranks, cadence, log, model, engine, train_sources, start)
+        profiling = stack.enter_context(make_profile(config, ranks, log, meter))
 
         yield RunParts(
             trainer=Trainer(
@@ -255,10 +278,13 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
                 log=log,
                 saver=saver,
                 evaluator=make_evaluator(config, ranks, engine, eval_sources, pool, processor, quarantine),
+                patience=make_patience(config, ranks, checkpoint),
                 seed=train_config.seed,
                 start=start,
                 ignore_index=config.collator.label_masking.ignore_index,
                 explaining=guard.explaining,
+                profiling=profiling,
+                meter=meter,
                 owed=owed,
                 ledger=ledger,
                 nonfinite=NonfiniteSteps(
@@ -270,5 +296,7 @@ def run_parts(config: RunConfig, ranks: Ranks) -> Iterator[RunParts]:
                 ),
             ),
             log=log,
-            publish_adapter=lambda: save_adapter(store, engine, ranks),
+            publish_adapter=lambda: publish_adapter(config, store, engine, ranks, log.message),
+            keep_adapters=lambda adapter, step: keep_adapters(config, log, adapter, step),
+            life=life,
         )

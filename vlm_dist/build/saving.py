@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from vlm_dist.build.metering import keep_each_adapter
 from vlm_dist.checkpoint import (
     CheckpointSaver,
     CheckpointStore,
@@ -12,9 +14,11 @@ from vlm_dist.checkpoint import (
     Retention,
     RunFacts,
     SlicedCheckpointSaver,
+    save_adapter,
+    save_best_adapter,
 )
-from vlm_dist.checkpoint.retention import EVAL_PREFIX
 from vlm_dist.config import RunConfig
+from vlm_dist.config.answer_metrics import EVAL_PREFIX, OVERALL
 from vlm_dist.config.arithmetic import resolve_interval
 from vlm_dist.config.explain import nearest
 from vlm_dist.data.types import Source
@@ -40,7 +44,7 @@ def check_best_metric(config: RunConfig, eval_sources: Sequence[Source]) -> None
     metric = config.train.metric_for_best_model
     if metric is None or "/" not in metric:
         return
-    names = distinct_names(eval_sources)
+    names = [*distinct_names(eval_sources), *([OVERALL] if len(eval_sources) > 1 else [])]
     wanted = metric.rpartition("/")[0]
     if wanted in names or wanted.removeprefix(EVAL_PREFIX) in names:
         return
@@ -88,10 +92,43 @@ def make_saver(
     with agree_on_failure(ranks):
         if places.is_writer:
             store.claim()
+    written = keep_each_adapter(config, log)
     if is_sliced(config, engine, ranks, places):
         log.message("every rank writes its own share of a checkpoint")
-        return SlicedCheckpointSaver(store, engine, ranks, places, facts, log, resumed_at)
-    return CheckpointSaver(store, engine, ranks, places, facts, log, resumed_at)
+        return SlicedCheckpointSaver(store, engine, ranks, places, facts, log, resumed_at, written)
+    return CheckpointSaver(store, engine, ranks, places, facts, log, resumed_at, written)
+
+
+def publish_adapter(
+    config: RunConfig, store: CheckpointStore, engine: Engine, ranks: Ranks, report: Callable[[str], None]
+) -> Path:
+    """Write output_dir/adapter at the end of a run. Collective: every rank calls this.
+
+    Args:
+        config: of the run.
+        store: of the run.
+        engine: after the last step; all checkpoints are written.
+        ranks: of the run.
+        report: is told which adapter it is, where that is not plain.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        CheckpointError: on every rank: it could not be written.
+    """
+    settings = config.train
+    metric = settings.metric_for_best_model
+    if settings.load_best_model_at_end and metric is not None:
+        published = save_best_adapter(store, metric, ranks)
+        if published is not None:
+            report(f"load_best_model_at_end: the adapter is that of step {published[1]}, the best by {metric}")
+            return published[0]
+        report(
+            f"warning: load_best_model_at_end: no checkpoint can be used as the best by {metric} (best are those of "
+            "steps that are saved and evaluated); the adapter is that of the last step"
+        )
+    return save_adapter(store, engine, ranks)
 
 
 def is_sliced(config: RunConfig, engine: Engine, ranks: Ranks, places: Places) -> bool:

@@ -6,6 +6,7 @@ from vlm_dist.checkpoint.collective import (
     leave_later_checkpoints,
     restore_checkpoint,
     save_adapter,
+    save_best_adapter,
     save_checkpoint,
 )
 from vlm_dist.checkpoint.layout import Checkpoint
@@ -33,6 +34,7 @@ __all__ = [
     "open_starting_point",
     "restore_checkpoint",
     "save_adapter",
+    "save_best_adapter",
     "save_checkpoint",
     "start_from",
 ]

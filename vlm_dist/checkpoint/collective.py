@@ -48,6 +48,23 @@ def save_adapter(store: CheckpointStore, engine: Engine, ranks: Ranks) -> Path:
     return ranks.broadcast_object(path)
 
 
+def save_best_adapter(store: CheckpointStore, metric: str, ranks: Ranks) -> tuple[Path, int] | None:
+    """Write the best checkpoint's adapter to output_dir/adapter. Collective: every rank calls this.
+
+    Returns:
+        Where it is, and of which step; None where no checkpoint is the best by the metric, or it is damaged.
+
+    Raises:
+        CheckpointError: on every rank, if rank 0 could not write.
+    """
+    published = None
+    with agree_on_failure(ranks):
+        if ranks.is_main:
+            published = store.publish_best(metric)
+    shared: tuple[Path, int] | None = ranks.broadcast_object(published)
+    return shared
+
+
 def choose_checkpoint(
     store: CheckpointStore, ranks: Ranks, resume: str | bool | Path, places: Places | None = None
 ) -> Checkpoint | None:

@@ -36,6 +36,8 @@ SLICED_FORMAT = 2
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
+#: What is trained, in the form in which it is used: those of these that there are.
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS)
 TRAINING_TENSORS = "training_state.safetensors"
 TRAINING_STATE = "training_state.json"
 RESOLVED_CONFIG = "resolved_config.yaml"

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.checkpoint.layout import checkpoint_name
+from vlm_dist.config.answer_metrics import EVAL_PREFIX, OVERALL, is_greater_better
 from vlm_dist.errors import CheckpointError
 
 #: In the output directory: which checkpoint is the best so far, by what.
 BEST_FILE = "best_checkpoint.json"
-
-#: Hugging Face's prefix of an evaluation's figures.
-EVAL_PREFIX = "eval_"
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Retention:
         total_limit: complete checkpoints to keep, the best one among them; at least 1; None keeps all.
         keep_steps: those of steps that are multiples of it stay, and are not counted; 0 is none.
         metric: by which one is the best; see `metric_value`. None: there is no best.
-        greater_is_better: of the metric; None: a loss is better when smaller, everything else when greater.
+        greater_is_better: of the metric; None: it is known of each metric.
     """
 
     total_limit: int | None = None
@@ -44,7 +42,7 @@ class Retention:
     def is_greater_better(self) -> bool:
         """Which of two values is the better one."""
         if self.greater_is_better is None:
-            return not (self.metric or "").endswith("loss")
+            return is_greater_better(self.metric or "")
         return self.greater_is_better
 
     def doomed(self, steps: Iterable[int], best: int | None) -> list[int]:
@@ -76,12 +74,13 @@ def metric_value(metric: str, figures: Mapping[str, Any]) -> float | None:
     """A metric's value among the figures of an evaluation; None where it is not there or not a number.
 
     Args:
-        metric: `<source>/loss` as in metrics.jsonl, or `eval_loss`, `eval_exact_match`: the mean over the sources, each
-            counting the same. The prefix may be left out.
+        metric: `<source>/loss` as in metrics.jsonl, `overall/loss` over all samples, or `eval_loss`,
+            `eval_exact_match`: the mean over the sources, each counting the same. The prefix may be left out.
         figures: by `<source>/<figure>`.
     """
     name = metric if metric in figures else metric.removeprefix(EVAL_PREFIX)  # a source may be called eval_...
-    values = [figures[name]] if name in figures else [v for key, v in figures.items() if key.rpartition("/")[2] == name]
+    of_sources = [v for key, v in figures.items() if key.rpartition("/")[2] == name and key != f"{OVERALL}/{name}"]
+    values = [figures[name]] if name in figures else of_sources
     if not values or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
         return None
     return math.fsum(values) / len(values)
@@ -93,6 +92,16 @@ def read_best(output_dir: Path, metric: str | None) -> Best | None:
     Raises:
         CheckpointError: the mark cannot be read.
     """
+    best = marked_best(output_dir)
+    return best if best is not None and best.metric == metric else None
+
+
+def marked_best(output_dir: Path) -> Best | None:
+    """The checkpoint that is marked as the best, by whatever metric, if it is there.
+
+    Raises:
+        CheckpointError: the mark cannot be read.
+    """
     try:
         content = json.loads((output_dir / BEST_FILE).read_text(encoding="utf-8"))
         best = Best(int(content["step"]), str(content["metric"]), float(content["value"]))
@@ -100,8 +109,7 @@ def read_best(output_dir: Path, metric: str | None) -> Best | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{output_dir / BEST_FILE} cannot be read: {error!r}") from error
-    is_there = (output_dir / checkpoint_name(best.step)).is_dir()
-    return best if is_there and best.metric == metric else None
+    return best if (output_dir / checkpoint_name(best.step)).is_dir() else None
 
 
 def forget_best(output_dir: Path, first_step: int) -> None:

@@ -58,6 +58,7 @@ class CheckpointSaver:
         facts: position -> what a resumed run needs besides tensors.
         log: where messages and the stall go.
         resumed_at: position of the checkpoint in `store` that the run goes on from; -1: of none.
+        written: is told of every checkpoint that this rank has written, in the writer's thread.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class CheckpointSaver:
         facts: Callable[[int], RunFacts],
         log: MetricLog,
         resumed_at: int = -1,
+        written: Callable[[int, Path], None] = lambda position, path: None,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -76,6 +78,7 @@ class CheckpointSaver:
         self._places = places
         self._facts = facts
         self._log = log
+        self._written = written
         self._writer = CheckpointWriter()
         self._form = AdapterForm.of(engine.module, engine.compute_dtype) if places.is_writer else None
         self._position = resumed_at
@@ -190,6 +193,8 @@ class CheckpointSaver:
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         took = time.perf_counter() - started
         self._log.message(f"checkpoint written: {path} ({num_bytes / 1e6:.1f} MB in {took:.1f} s)")
+        self._log.event("checkpoint", position, name=path.name, bytes=num_bytes, write_seconds=round(took, 3))
+        self._written(position, path)
 
     def _mark(self) -> None:
         """Judge the newest checkpoint, behind its own writing."""

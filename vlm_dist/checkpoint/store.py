@@ -131,10 +131,41 @@ class CheckpointStore:
         Raises:
             CheckpointError: it could not be written.
         """
+        return self._publish_final(lambda fresh: _write_adapter(FileSet(fresh), adapter))
+
+    def publish_best(self, metric: str) -> tuple[Path, int] | None:
+        """Publish the adapter of the best checkpoint as the final one.
+
+        Args:
+            metric: by which it is the best.
+
+        Returns:
+            Where it is, and of which step; None where there is no best one, or it is damaged.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        try:
+            best = read_best(self.output_dir, metric)
+            if best is None:
+                return None
+            source = Checkpoint.open(self.output_dir / layout.checkpoint_name(best.step)).path
+        except CheckpointError as error:
+            self._report(f"warning: {error}")
+            return None
+
+        def copy(fresh: Path) -> None:
+            for name in layout.ADAPTER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, fresh / name)
+
+        return self._publish_final(copy), best.step
+
+    def _publish_final(self, write: Callable[[Path], None]) -> Path:
         target = self.output_dir / layout.FINAL_ADAPTER
         if _is_there(target) and not layout.is_adapter(target):
             self._set_aside(target, f"{target.name} has something else than an adapter of this program")
-        publish_directory(target, lambda fresh: _write_adapter(FileSet(fresh), adapter))
+        publish_directory(target, write)
         return target
 
     def latest(self, report: Callable[[str], None] | None = None) -> Checkpoint | None:

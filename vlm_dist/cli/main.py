@@ -8,7 +8,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vlm_dist.cli import config, doctor, launch, plan, quarantine, shards
+from vlm_dist.cli import (
+    check,
+    config,
+    doctor,
+    estimate,
+    export,
+    generate,
+    launch,
+    plan,
+    preview,
+    quarantine,
+    report,
+    shards,
+)
+from vlm_dist.cli import eval as evaluation
+from vlm_dist.cli.help import TeachingParser, add_examples
 from vlm_dist.errors import ExitCode, VlmDistError
 
 
@@ -27,12 +42,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vlm-dist",
-        description="Tools around training. Training itself: python -m vlm_dist.train, deepspeed -m vlm_dist.train, "
-        "or sbatch slurm/train.sbatch.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (config, plan, shards, quarantine, launch, doctor):
+    parser = TeachingParser(prog="vlm-dist")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
+    parser.commands = commands
+    for module in (
+        config,
+        check,
+        preview,
+        estimate,
+        report,
+        evaluation,
+        generate,
+        export,
+        plan,
+        shards,
+        quarantine,
+        launch,
+        doctor,
+    ):
         module.add_commands(commands)
+    add_examples(commands)
     return parser

@@ -9,11 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from vlm_dist.config.answer_metrics import ANSWER_METRICS, figure_of
 from vlm_dist.config.section import (
     AS_TUPLE,
     Count,
     Interval,
     Name,
+    Names,
     PathField,
     PositiveNumber,
     Section,
@@ -22,9 +24,8 @@ from vlm_dist.config.section import (
 
 Precision = Literal["bfloat16", "float16", "float32"]
 
-_OTHER_TRACKERS = frozenset(
-    {"tensorboard", "mlflow", "comet_ml", "clearml", "neptune", "swanlab", "trackio", "dvclive", "all"}
-)
+_TRACKERS = frozenset({"wandb", "tensorboard"})
+_OTHER_TRACKERS = frozenset({"mlflow", "comet_ml", "clearml", "neptune", "swanlab", "trackio", "dvclive", "all"})
 
 
 #: A week; beyond it would hardly be a limit.
@@ -32,18 +33,18 @@ MAX_HANG_MINUTES = 7 * 24 * 60
 
 
 def _read_trackers(value: Any) -> Any:
-    """`wandb`, `none` or a list of them; `none` is the empty list."""
+    """`wandb`, `tensorboard`, `none` or a list of them; `none` is the empty list."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise expected("wandb, none, or a list of them")
+        raise expected("wandb, tensorboard, none, or a list of them")
     for name in names:
         if name in _OTHER_TRACKERS:
-            raise PydanticCustomError("not_yet_supported", "not yet supported; use wandb or none", {})
-        if name not in {"wandb", "none"}:
-            raise expected("wandb, none, or a list of them")
+            raise PydanticCustomError("not_yet_supported", "not yet supported; use wandb, tensorboard or none", {})
+        if name not in _TRACKERS | {"none"}:
+            raise expected("wandb, tensorboard, none, or a list of them")
     if "none" in names and len(names) > 1:
         raise expected("either none or names of trackers")
-    return [name for name in names if name != "none"]
+    return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 def _check_output_dir(value: Path) -> Path:
@@ -88,18 +89,36 @@ class CheckpointingPolicy(Section):
 
 
 def _read_metric(value: Any) -> Any:
-    name = value.removeprefix("eval_") if isinstance(value, str) else ""
-    if name.rpartition("/")[2] in BEST_FIGURES and not name.startswith("/"):
+    if isinstance(value, str) and figure_of(value) in ("loss", *ANSWER_METRICS) and not value.startswith("/"):
         return value
     raise expected(
-        "eval_loss, eval_exact_match (means over the held-out sources), or one source's, such as images/loss"
+        "eval_loss, eval_exact_match or another of eval_metrics (means over the held-out sources), or one source's, "
+        "such as images/loss"
     )
 
 
-#: Figures of an evaluation by which a checkpoint can be the best.
-BEST_FIGURES = ("loss", "exact_match")
-
+#: By which a checkpoint can be the best.
 BestMetric = Annotated[str, BeforeValidator(_read_metric)]
+
+
+def _read_answer_metrics(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list | tuple) and names and all(name in ANSWER_METRICS for name in names):
+        return list(dict.fromkeys(names))
+    raise expected(f"a list of {', '.join(ANSWER_METRICS)}")
+
+
+#: Of generated answers.
+AnswerMetrics = Annotated[tuple[str, ...], AS_TUPLE, BeforeValidator(_read_answer_metrics)]
+
+
+class ProfileSettings(Section):
+    """Steps that are traced with torch's profiler."""
+
+    start_step: Annotated[int, Field(ge=1)] = 10  # steps of this start of the run before them
+    num_steps: Annotated[int, Field(ge=1, le=100)] = 3  # a trace of many steps is too large to be looked at
+    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AS_TUPLE, Field(min_length=1)] = (0,)
+    memory: bool = False
 
 
 class TrainConfig(Section):
@@ -129,12 +148,16 @@ class TrainConfig(Section):
     save_steps: Interval = 0.1
     save_total_limit: Count | None = 2  # null: keep all
     save_keep_steps: Interval = 0  # one every so many steps stays for ever, beyond the limit
-    metric_for_best_model: BestMetric | None = None  # eval_loss, eval_exact_match, or <source>/<figure>; it stays
-    greater_is_better: bool | None = None  # null: a loss is better when smaller, everything else when greater
+    metric_for_best_model: BestMetric | None = None  # eval_loss, one of eval_metrics, or <source>/<figure>; it stays
+    greater_is_better: bool | None = None  # null: it is known of each metric
     save_in_slices: Literal["auto"] | bool = "auto"  # each rank writes its own share: auto: where the state is large
+    early_stopping_patience: Count | None = None  # evaluations without improvement that end the run; null: never
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0  # an improvement is more than this
+    load_best_model_at_end: bool = False  # output_dir/adapter is that of the best checkpoint, not of the last step
     eval_on_start: bool = False
     predict_with_generate: bool = False
     generation_max_new_tokens: Count = 32
+    eval_metrics: AnswerMetrics = ("exact_match",)  # of generated answers
 
     output_dir: Annotated[PathField, AfterValidator(_check_output_dir)] = Path("runs/default")
     resume: Annotated[Literal[False] | str, BeforeValidator(_read_resume)] = False
@@ -159,9 +182,18 @@ class TrainConfig(Section):
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 2
     dataloader_prefetch_factor: Count = 2  # whole steps that are prepared ahead
 
-    report_to: Annotated[tuple[Literal["wandb"], ...], AS_TUPLE, BeforeValidator(_read_trackers)] = ("wandb",)
+    report_to: Annotated[tuple[Literal["wandb", "tensorboard"], ...], AS_TUPLE, BeforeValidator(_read_trackers)] = (
+        "wandb",
+    )
     run_name: Name | None = None
     wandb_project: Name = "vlm-dist"
+    wandb_entity: Name | None = None  # team or user; null: the account's default
+    wandb_group: Name | None = None
+    wandb_tags: Names = ()
+    wandb_notes: Name | None = None
+    wandb_artifacts: Literal["none", "final", "best", "all"] = "none"  # adapters that wandb keeps
+    device_peak_tflops: PositiveNumber | None = None  # what MFU is a share of; null: by the GPU's name
+    profile: ProfileSettings | None = None
     hang_timeout_minutes: Annotated[PositiveNumber, Field(le=MAX_HANG_MINUTES)] = (
         20  # no phase of a step may take longer: the ranks end, with stacks
     )

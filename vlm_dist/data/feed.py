@@ -46,6 +46,7 @@ class FeedStep:
         micro_batches: of this rank; empty after an error.
         verdict: what all ranks found; the same on all of them.
         data_wait_seconds: time that the caller waited for this step and for the other ranks' votes on it.
+        fetch_seconds: of it, until this rank's own micro-batches were there.
         error: why this rank could not make its micro-batches, where it could not.
         overdrawn: with this step too many samples of all ranks were unusable; the same on all ranks.
         bad_samples: this rank's first few unusable samples of the last steps, where the budget is overdrawn.
@@ -58,6 +59,7 @@ class FeedStep:
     error: Exception | None = None
     overdrawn: Overdrawn | None = None
     bad_samples: Sequence[str] = ()
+    fetch_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -150,6 +152,7 @@ class StepFeed:
         if fetched is None:
             self._ended = True
             raise StopIteration
+        own = time.perf_counter() - started
         verdict = fetched.vote.wait()
         waited = time.perf_counter() - started
         self._check_digest(verdict)
@@ -168,6 +171,7 @@ class StepFeed:
             fetched.error,
             overdrawn,
             tuple(self._last_bad) if overdrawn else (),
+            own,
         )
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """A thin, typed layer over DeepSpeed: the only room that names it."""
 
 from vlm_dist.engine.deepspeed_json import load_deepspeed_json
+from vlm_dist.engine.device_time import DeviceTimer
 from vlm_dist.engine.engine import Engine
 from vlm_dist.engine.merge import DerivedValue, merge_deepspeed_config
 from vlm_dist.engine.native_ops import prepare_native_ops
@@ -13,6 +14,7 @@ from vlm_dist.engine.zero_init import zero_init_context
 
 __all__ = [
     "DerivedValue",
+    "DeviceTimer",
     "Engine",
     "NamedState",
     "NonfiniteSteps",

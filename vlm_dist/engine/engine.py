@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm_dist.engine.cpu_adam import use_cpu_adam
+from vlm_dist.engine.device_time import DeviceTimer, leave_out_gathering
 from vlm_dist.engine.inspection import GradientInspector
 from vlm_dist.engine.merge import check_read_back
 from vlm_dist.engine.outcome import StepOutcome
@@ -33,7 +34,7 @@ from vlm_dist.engine.trainable_state import TrainableState
 from vlm_dist.engine.zero_buffers import forget_gradients, forget_kept_gradients, round_masters_into_weights
 from vlm_dist.engine.zero_init import release_zero_init
 from vlm_dist.errors import CheckpointError, ConfigError
-from vlm_dist.loss import LabelledHead
+from vlm_dist.loss import LabelledHead, TokenGroups
 
 #: What DeepSpeed's dynamic loss scaler counts; all of it decides when the scale changes next.
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -48,7 +49,9 @@ class Engine:
         world_size: number of ranks.
         zero_stage: 0 to 3.
         compute_dtype: of forward and backward.
+        base_learning_rate: of the first parameter group, before the schedule's factor.
         head: gives the loss without the logits.
+        forward_timer: for whoever measures forward passes; knows what is waiting for other ranks.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Engine:
         self._optimizer: torch.optim.Optimizer = deepspeed_engine.basic_optimizer
         self._lr_schedule = lr_schedule
         self._base_learning_rates = list(base_learning_rates)
+        self.base_learning_rate = self._base_learning_rates[0]
         self._num_updates = 0
         self._control_group = control_group
         self.head = head
@@ -81,6 +85,9 @@ class Engine:
         self._resharder = Resharder(partitions, self._optimizer, control_group)
         self._inspector = GradientInspector(self._zero, self.zero_stage, partitions, dist.get_rank(control_group))
         self._checkpoint_hook = CheckpointHook(deepspeed_engine)
+        self.forward_timer = DeviceTimer(self.device)
+        if self.zero_stage == 3:
+            leave_out_gathering(self._zero, self.forward_timer)
         self._is_hpz_on_trial = uses_secondary_shards(deepspeed_engine.config)
         if self._is_hpz_on_trial:
             check_secondary_shards(self.module, control_group)
@@ -172,18 +179,25 @@ class Engine:
         """
         return self._forward(inputs).logits  # type: ignore[no-any-return]
 
-    def loss(self, inputs: Mapping[str, Any], labels: Tensor, ignore_index: int = -100) -> Tensor:
+    def loss(
+        self,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        ignore_index: int = -100,
+        groups: TokenGroups | None = None,
+    ) -> Tensor:
         """Run the model on one micro-batch, without the logits of positions that have no label. See `forward`.
 
         Args:
             inputs: keyword arguments of the model.
             labels: [B, T], on the CPU; `ignore_index` marks positions without a label.
             ignore_index: the value of a position without a label.
+            groups: of the positions with a label, where their parts of the sum are wanted, too.
 
         Returns:
             Scalar float32 in nats: the sum over this micro-batch's target tokens, as `token_loss_sum` defines it.
         """
-        with self.head.giving_loss(labels, ignore_index):
+        with self.head.giving_loss(labels, ignore_index, groups):
             return self._forward(inputs)["loss"]  # type: ignore[no-any-return]
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:

@@ -1,1 +1,1 @@
-"""Memory and time of a run, from the shapes of its model, before there is a GPU."""
+"""What a run needs before it is started: memory of a GPU by part, seconds of a step, and which ZeRO stage to take."""

@@ -1,6 +1,9 @@
-"""Evaluation on held-out data: the loss, and generated answers."""
+"""Evaluation on held-out data: the loss, and metrics of generated answers."""
 
-from vlm_dist.evaluate.evaluator import Evaluator, distinct_names
-from vlm_dist.evaluate.predictions import Prediction, normalise_answer
+from vlm_dist.evaluate.early_stopping import EarlyStopping
+from vlm_dist.evaluate.evaluator import Evaluator
+from vlm_dist.evaluate.matching import normalise_answer
+from vlm_dist.evaluate.predictions import Prediction, write_predictions
+from vlm_dist.evaluate.walk import distinct_names
 
-__all__ = ["Evaluator", "Prediction", "distinct_names", "normalise_answer"]
+__all__ = ["EarlyStopping", "Evaluator", "Prediction", "distinct_names", "normalise_answer", "write_predictions"]

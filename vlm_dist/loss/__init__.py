@@ -5,6 +5,7 @@ engine divides). So the gradient does not depend on how the step was cut.
 """
 
 from vlm_dist.loss.cross_entropy import token_loss_sum
+from vlm_dist.loss.groups import TokenGroups
 from vlm_dist.loss.labelled import LabelledHead
 
-__all__ = ["LabelledHead", "token_loss_sum"]
+__all__ = ["LabelledHead", "TokenGroups", "token_loss_sum"]

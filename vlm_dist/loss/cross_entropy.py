@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlm_dist.loss.groups import TokenGroups
+
 #: Elements of the largest float32 copy of logits that exists at any time: 128 MiB.
 MAX_CHUNK_ELEMENTS = 2**25
 
 
 def token_loss_sum(
-    logits: Tensor, labels: Tensor, ignore_index: int = -100, max_chunk_elements: int = MAX_CHUNK_ELEMENTS
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    max_chunk_elements: int = MAX_CHUNK_ELEMENTS,
+    groups: TokenGroups | None = None,
 ) -> Tensor:
     """Sum of cross-entropy over the tokens that carry a label.
 
@@ -28,6 +34,7 @@ def token_loss_sum(
         labels: [B, T]; `ignore_index` marks tokens without a label.
         ignore_index: the value of a token without a label (torch's own default).
         max_chunk_elements: upper limit of the elements of a chunk's float32 copy.
+        groups: of the tokens that carry a label; their parts of the sum are added to its sums.
 
     Returns:
         Scalar float32 in nats, of this rank alone, not averaged. Without any label it is 0, and its gradient is 0:
@@ -41,7 +48,9 @@ def token_loss_sum(
     targets = labels.new_full(labels.shape, ignore_index)
     targets[:, :-1] = labels[:, 1:]
     chunk = max(1, max_chunk_elements // logits.shape[-1])
-    total: Tensor = _ChunkedCrossEntropySum.apply(logits.flatten(0, 1), targets.flatten(), ignore_index, chunk)
+    targets = targets.flatten()
+    spread = None if groups is None else groups.spread(targets != ignore_index)
+    total: Tensor = _ChunkedCrossEntropySum.apply(logits.flatten(0, 1), targets, ignore_index, chunk, spread)
     return total
 
 
@@ -49,7 +58,14 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
     """Cross-entropy that recomputes a chunk's softmax in the backward instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, chunk: int) -> Tensor:  # [N, V], [N]
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # [N, V]
+        targets: Tensor,  # [N]
+        ignore_index: int,
+        chunk: int,
+        groups: TokenGroups | None,  # of all N positions
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         normalisers = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
         for start in range(0, len(targets), chunk):
@@ -59,7 +75,10 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             normaliser = rows.logsumexp(-1)
             picked = rows.gather(-1, wanted.where(carries, 0).unsqueeze(-1)).squeeze(-1)
             # where, not a product: a row without a label may hold NaN (a fully masked dummy), and NaN x 0 is NaN
-            total += torch.where(carries, normaliser - picked, 0.0).sum()
+            losses = torch.where(carries, normaliser - picked, 0.0)
+            total += losses.sum()
+            if groups is not None:
+                groups.add(losses, start)
             normalisers[start : start + chunk] = normaliser
         ctx.save_for_backward(logits, targets, normalisers)
         ctx.ignore_index, ctx.chunk = ignore_index, chunk
@@ -67,7 +86,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, targets, normalisers = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for start in range(0, len(targets), ctx.chunk):
@@ -79,4 +98,4 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             part.scatter_add_(-1, index, torch.full_like(index, -1, dtype=part.dtype))
             part.mul_(grad_output)
             gradient[rows] = torch.where(carries, part, 0.0).to(gradient.dtype)
-        return gradient, None, None, None
+        return gradient, None, None, None, None

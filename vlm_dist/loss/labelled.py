@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vlm_dist.loss.cross_entropy import token_loss_sum
 from vlm_dist.loss.deferred import Change, DeferredLogits
+from vlm_dist.loss.groups import TokenGroups
 
 #: Elements of the logits that exist at any time: 440 positions of a vocabulary of 152k, which keeps a GPU busy; with
 #: their float32 copy and their gradient 8 bytes each, or 0.5 GiB.
@@ -44,7 +45,7 @@ class LabelledHead:
     def __init__(self, model: Any, max_chunk_elements: int = MAX_CHUNK_ELEMENTS) -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._max_chunk_elements = max_chunk_elements
-        self._labels: tuple[Tensor, int] | None = None
+        self._labels: tuple[Tensor, int, TokenGroups | None] | None = None
         self._head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         # a head that is the embeddings themselves is called as nobody's head elsewhere: every place of it is replaced
         self._places = [
@@ -64,14 +65,15 @@ class LabelledHead:
         return None
 
     @contextmanager
-    def giving_loss(self, labels: Tensor, ignore_index: int) -> Iterator[None]:
+    def giving_loss(self, labels: Tensor, ignore_index: int, groups: TokenGroups | None = None) -> Iterator[None]:
         """Within, the model's forward returns `{"loss": sum}`, as `token_loss_sum` defines it.
 
         Args:
             labels: [B, T], on the CPU: the number of labels is needed there, and asking a GPU for it would stall.
             ignore_index: marks positions without a label.
+            groups: of the positions with a label; their parts of the sum are added to its sums.
         """
-        self._labels = labels, ignore_index
+        self._labels = labels, ignore_index, groups
         swapped = self._places if self.all_positions is None else []
         for parent, name in swapped:
             parent._modules[name] = _Stand(self._head)
@@ -85,23 +87,26 @@ class LabelledHead:
     def _give_loss(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._labels is None:
             return output
-        labels, ignore_index = self._labels
+        labels, ignore_index, groups = self._labels
         logits = output["logits"] if isinstance(output, dict) else output.logits
         if not isinstance(logits, DeferredLogits):
-            return {"loss": token_loss_sum(logits, labels.to(logits.device), ignore_index)}
+            return {"loss": token_loss_sum(logits, labels.to(logits.device), ignore_index, groups=groups)}
         if logits.hidden.shape[:2] != labels.shape:
             raise ValueError(f"hidden states {tuple(logits.hidden.shape)} and labels {tuple(labels.shape)} differ")
         index, targets = labelled_positions(labels, ignore_index)
         rows = logits.hidden.flatten(0, 1).index_select(0, index.to(logits.hidden.device, non_blocking=True))
         targets = targets.to(rows.device, non_blocking=True)
-        return {"loss": self._call_head(rows, targets, logits.changes)}
+        groups = None if groups is None else groups.on_device()
+        return {"loss": self._call_head(rows, targets, logits.changes, groups)}
 
-    def _call_head(self, rows: Tensor, targets: Tensor, changes: Sequence[Change]) -> Tensor:
+    def _call_head(
+        self, rows: Tensor, targets: Tensor, changes: Sequence[Change], groups: TokenGroups | None
+    ) -> Tensor:
         head = self._head
 
         def forward(rows: Tensor) -> Tensor:  # the weight is whole only in here, under ZeRO-3
             chunk = max(1, self._max_chunk_elements // head.weight.shape[0])
-            loss: Tensor = _HeadLossSum.apply(rows, head.weight, head.bias, targets, tuple(changes), chunk)
+            loss: Tensor = _HeadLossSum.apply(rows, head.weight, head.bias, targets, tuple(changes), chunk, groups)
             return loss
 
         head.forward = forward
@@ -155,6 +160,7 @@ class _HeadLossSum(torch.autograd.Function):
         targets: Tensor,  # [K]
         changes: tuple[Change, ...],
         chunk: int,
+        groups: TokenGroups | None,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         normalisers = torch.empty(targets.shape, dtype=torch.float32, device=rows.device)
@@ -165,7 +171,10 @@ class _HeadLossSum(torch.autograd.Function):
                 logits = change(logits)
             logits = logits.float()
             normaliser = logits.logsumexp(-1)
-            total += (normaliser - logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)).sum()
+            losses = normaliser - logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+            total += losses.sum()
+            if groups is not None:
+                groups.add(losses, start)
             normalisers[part] = normaliser
         ctx.save_for_backward(rows, weight, bias, targets, normalisers)
         ctx.changes, ctx.chunk = changes, chunk
@@ -195,6 +204,7 @@ class _HeadLossSum(torch.autograd.Function):
             grad_rows,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

@@ -1,1 +1,1 @@
-"""Figures of a run and where they go: console, `metrics.jsonl`, wandb. Imports no torch."""
+"""Figures of a run and where they go: console, `metrics.jsonl`, wandb, TensorBoard. Imports no torch."""

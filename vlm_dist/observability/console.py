@@ -1,4 +1,4 @@
-"""What a person sees: a live bar below the lines on a terminal, plain lines everywhere else."""
+"""What a person sees: a live line below the others on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timedelta
-from typing import Any, TextIO
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vlm_dist.observability.metrics import StepMetrics, describe_evaluation, describe_step
+from vlm_dist.observability.metrics import (
+    StepMetrics,
+    describe_evaluation,
+    describe_step,
+    describe_utilisation,
+    figure,
+)
+
+if TYPE_CHECKING:
+    from vlm_dist.observability.live_line import LiveLine
 
 
 class ConsoleLog:
-    """Prints lines; on a terminal also keeps a progress bar with loss, throughput and remaining time below them.
+    """Prints lines; on a terminal also keeps one with loss, throughput and remaining time below them.
 
     Args:
         stream: where to print; the standard output of the moment when None.
@@ -24,14 +32,14 @@ class ConsoleLog:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
-        self._bar: Progress | None = None
+        self._live: LiveLine | None = None
         self._console: Console | None = None
         # not rich's own test, which FORCE_COLOR turns on for a log file, too
         if (stream or sys.stdout).isatty() and os.environ.get("TERM") != "dumb":
             self._console = Console(file=stream, highlight=False, markup=False)
 
     def start(self, start_step: int, num_steps: int) -> None:
-        """Show the bar.
+        """Show the live line.
 
         Args:
             start_step: optimizer updates that are done.
@@ -39,42 +47,36 @@ class ConsoleLog:
         """
         if self._console is None:
             return
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self._console,
-            # steps of large models take longer than the 30 s over which rich looks for progress by default
-            speed_estimate_period=600,
-        )
-        self._task = self._bar.add_task("", total=num_steps, completed=start_step, figures="")
-        self._bar.start()
+        from vlm_dist.observability.live_line import LiveLine
 
-    def advance(self, step: int) -> None:
+        self._live = LiveLine(self._console, start_step, num_steps)
+
+    def advance(self, step: int, eta_seconds: float | None = None) -> None:
         """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        if self._live is not None:
+            self._live.update(step, eta_seconds)
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Print a line of figures and move the bar."""
-        remaining = timedelta(seconds=round((metrics.num_steps - metrics.step) * metrics.step_seconds))
+        from vlm_dist.observability.live_line import format_duration
+
         line = describe_step(metrics)
-        self.print(line if self._bar is not None else f"{line}  eta {remaining}")
-        if self._bar is not None:
-            loss = "-" if metrics.loss is None else f"{metrics.loss:.4f}"
-            figures = f"loss {loss}  {metrics.tokens_per_second:,.0f} tokens/s"
-            self._bar.update(self._task, completed=metrics.step, figures=figures)
+        if self._live is None and metrics.eta_seconds is not None:
+            line += f"  eta {format_duration(metrics.eta_seconds)}"
+        self.print(line)
+        if self._live is not None:
+            figures = [f"loss {figure(metrics.loss, '.4f')}", f"{metrics.tokens_per_second:,.0f} tokens/s"]
+            if (speed := describe_utilisation(metrics)) is not None:
+                figures.append(speed)
+            figures.append(f"lr {metrics.learning_rate:.2e}")
+            self._live.update(metrics.step, metrics.eta_seconds, figures)
 
     def log_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Print a line of figures."""
         self.print(describe_evaluation(step, metrics))
 
     def print(self, text: str) -> None:
-        """Print lines above the bar."""
+        """Print lines above the live one."""
         with contextlib.suppress(BrokenPipeError):  # nobody reads any more; training goes on to its checkpoint
             self._print(text)
 
@@ -90,7 +92,7 @@ class ConsoleLog:
         stream.flush()
 
     def close(self) -> None:
-        """Take the bar down; its last state stays on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Take the live line down; its last state stays on the screen."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import psutil
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The most that a device had given since the last reading, in bytes.
+
+    Attributes:
+        allocated: to tensors.
+        reserved: to the process's allocator, tensors and what lies between them.
+    """
+
+    allocated: int
+    reserved: int
 
 
 def host_memory_bytes() -> int:
@@ -22,11 +36,11 @@ def host_memory_bytes() -> int:
     return total
 
 
-def device_memory_bytes() -> int | None:
-    """Most memory that tensors had on the current CUDA device since the last call; None without CUDA."""
+def device_memory() -> DeviceMemory | None:
+    """Of the current CUDA device, since the last call; None without CUDA."""
     torch = sys.modules.get("torch")  # who has not imported torch has no tensors
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    peak = int(torch.cuda.max_memory_allocated())
+    peaks = DeviceMemory(int(torch.cuda.max_memory_allocated()), int(torch.cuda.max_memory_reserved()))
     torch.cuda.reset_peak_memory_stats()
-    return peak
+    return peaks

@@ -11,14 +11,18 @@ import json
 import logging
 import netrc
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from vlm_dist.config.masking import masked
+from vlm_dist.observability.attempt import attempt
+from vlm_dist.observability.sinks import under_group
 
 logger = logging.getLogger(__name__)
 
@@ -27,32 +31,49 @@ INIT_TIMEOUT_SECONDS = 20.0
 FINISH_TIMEOUT_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class WandbNames:
+    """How a run is filed.
+
+    Attributes:
+        project: None for wandb's default (the environment variable WANDB_PROJECT).
+        entity: team or user; None for the account's default.
+        group: runs of one experiment share it.
+        tags: by which runs are found.
+        notes: what a person wants to remember.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    notes: str | None = None
+
+
 class WandbSink:
     """One wandb run.
 
     Args:
         output_dir: holds `wandb_run.json` and wandb's own `wandb/` directory.
-        project: None for wandb's default.
+        names: how it is filed.
         run_name: None for one that wandb invents.
         config: shown with the run.
     """
 
-    def __init__(
-        self, output_dir: Path, *, project: str | None, run_name: str | None, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, output_dir: Path, *, names: WandbNames, run_name: str | None, config: Mapping[str, Any]) -> None:
         self._output_dir = output_dir
-        self._project = project
+        self._names = names
         self._run_name = run_name
         self._config = config
         self._wandb: Any = None
         self._run: Any = None
         self._offline = False
 
-    def start(self, *, resumed: bool) -> str:
+    def start(self, start_step: int) -> str:
         """Begin or continue the run; takes seconds, at worst about `INIT_TIMEOUT_SECONDS`.
 
         Args:
-            resumed: continue the run whose id is in the output directory.
+            start_step: optimizer updates that are done; above 0 the run whose id is in the output directory goes on.
 
         Returns:
             A line that says where the figures go.
@@ -60,15 +81,15 @@ class WandbSink:
         mode = wandb_mode(os.environ)
         if mode == "disabled":
             return "wandb: disabled by the environment"
-        if not self._attempt("importing wandb", self._import):
+        if not attempt("importing wandb", self._import):
             return "wandb: not used"
-        run_id = self._read_run_id() if resumed else None
-        if mode == "online" and not self._attempt("starting wandb online", lambda: self._init("online", run_id)):
+        run_id = self._read_run_id() if start_step > 0 else None
+        if mode == "online" and not attempt("starting wandb online", lambda: self._init("online", run_id)):
             mode = "offline"
-        if self._run is None and not self._attempt("starting wandb offline", lambda: self._init("offline", run_id)):
+        if self._run is None and not attempt("starting wandb offline", lambda: self._init("offline", run_id)):
             return "wandb: not used"
         self._offline = mode == "offline"
-        self._attempt("keeping the run id", self._write_run_id)
+        attempt("keeping the run id", self._write_run_id)
         if self._offline:
             return f"wandb: recording offline, in {self._output_dir / 'wandb'}"
         return f"wandb: {self._run.url}"
@@ -77,14 +98,41 @@ class WandbSink:
         """Log figures under `group/`. Of a step that was logged before the run was resumed, wandb keeps the first."""
         if self._run is None:
             return
-        figures = {
-            f"{group}/{name.removeprefix(f'{group}_').removeprefix(f'{group}/')}": value
-            for name, value in record.items()
-            if value is not None and name != "step"
-        }
-        run = self._run
-        if not self._attempt("logging to wandb", lambda: run.log(figures, step=step)):
+        run, figures = self._run, under_group(group, record)
+        if not attempt("logging to wandb", lambda: run.log(figures, step=step)):
             self._run = None
+
+    def write_predictions(self, step: int, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Any | None]) -> None:
+        """See `Sink`: a table of pictures and strings, one of each evaluation."""
+        if self._run is None:
+            return
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+
+        def log() -> None:
+            data: list[list[Any]] = [[str(row.get(name)) for name in columns] for row in rows]
+            if any(picture is not None for picture in pictures):
+                columns.insert(0, "picture")
+                shown = [None if picture is None else self._wandb.Image(picture) for picture in pictures]
+                data = [[picture, *cells] for picture, cells in zip(shown, data, strict=True)]
+            table = self._wandb.Table(columns=columns, data=data)
+            self._run.log({"eval/predictions": table}, step=step)
+
+        attempt("logging predictions to wandb", log)
+
+    def write_adapter(self, directory: Path, files: Sequence[str], step: int, aliases: Sequence[str]) -> None:
+        """See `Sink`: versions of one artifact. wandb copies the files now, and uploads them while training goes on."""
+        if self._run is None:
+            return
+        run = self._run
+
+        def log() -> None:
+            name = re.sub(r"[^\w.-]+", "-", f"{run.name or run.id}-adapter")
+            artifact = self._wandb.Artifact(name, type="model", metadata={"step": step})
+            for file in files:
+                artifact.add_file(str(directory / file))
+            run.log_artifact(artifact, aliases=[*aliases, f"step-{step}"])
+
+        attempt(f"keeping {directory} in wandb", log)
 
     def close(self, exit_code: int) -> str | None:
         """Upload what is left, for at most `FINISH_TIMEOUT_SECONDS`.
@@ -96,7 +144,7 @@ class WandbSink:
             return None
         run, self._run = self._run, None
         directory = Path(run.dir).parent
-        if not self._attempt("finishing the wandb run", lambda: run.finish(exit_code=exit_code)):
+        if not attempt("finishing the wandb run", lambda: run.finish(exit_code=exit_code)):
             return None
         return f"wandb: upload with  wandb sync {directory}" if self._offline else None
 
@@ -124,7 +172,11 @@ class WandbSink:
         with _masked_arguments():
             self._run = wandb.init(
                 mode=mode,
-                project=self._project,
+                project=self._names.project,
+                entity=self._names.entity,
+                group=self._names.group,
+                tags=self._names.tags or None,
+                notes=self._names.notes,
                 name=self._run_name,
                 id=run_id,
                 resume="allow" if run_id else None,
@@ -132,16 +184,6 @@ class WandbSink:
                 config=dict(self._config),
                 settings=settings,
             )
-
-    def _attempt(self, what: str, action: Callable[[], Any]) -> bool:
-        """Whether it worked; wandb raises many types, also from its service and from pydantic."""
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001 - a tracking service must never end a training run
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            logger.warning("%s failed: %s: %s; training goes on", what, type(error).__name__, reason)
-            return False
-        return True
 
     def _read_run_id(self) -> str | None:
         path = self._output_dir / RUN_FILE

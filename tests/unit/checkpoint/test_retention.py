@@ -103,6 +103,13 @@ def test_values_of_metrics(metric: str, value: float | None) -> None:
     assert metric_value(metric, figures) == value
 
 
+def test_the_figure_over_all_samples_is_no_source() -> None:
+    figures = {"a/anls": 0.25, "b/anls": 0.75, "overall/anls": 0.3}
+    assert metric_value("eval_anls", figures) == 0.5
+    assert metric_value("overall/anls", figures) == metric_value("eval_overall/anls", figures) == 0.3
+    assert Retention(metric="overall/anls").is_greater_better and not Retention(metric="a/wer").is_greater_better
+
+
 def test_a_source_may_be_called_eval() -> None:
     figures = {"eval_docs/loss": 1.0, "docs/loss": 2.0}
     assert metric_value("eval_docs/loss", figures) == 1.0

@@ -91,10 +91,14 @@ DEFAULTS: dict[str, Any] = {
     "train.save_keep_steps": 0,
     "train.metric_for_best_model": None,
     "train.greater_is_better": None,
+    "train.early_stopping_patience": None,
+    "train.early_stopping_threshold": 0.0,
+    "train.load_best_model_at_end": False,
     "train.save_in_slices": "auto",
     "train.eval_on_start": False,
     "train.predict_with_generate": False,
     "train.generation_max_new_tokens": 32,
+    "train.eval_metrics": ["exact_match"],
     "train.output_dir": "runs/default",
     "train.resume": False,
     "train.resume_anyway": [],
@@ -119,6 +123,13 @@ DEFAULTS: dict[str, Any] = {
     "train.report_to": ["wandb"],
     "train.run_name": None,
     "train.wandb_project": "vlm-dist",
+    "train.wandb_entity": None,
+    "train.wandb_group": None,
+    "train.wandb_tags": [],
+    "train.wandb_notes": None,
+    "train.wandb_artifacts": "none",
+    "train.device_peak_tflops": None,
+    "train.profile": None,
     "train.hang_timeout_minutes": 20,
     "train.debug_collectives": False,
     "train.sample_ledger": False,
@@ -209,7 +220,7 @@ def test_the_shipped_file_shows_the_key_with_its_default(key: str) -> None:
 
 def wrong_value(key: str) -> str:
     """YAML that the key cannot be: a mapping is nothing's value, but a mapping's."""
-    return "[1]" if key == "model.model_classes" else "{a: {b: 1}}"
+    return "[1]" if key in ("model.model_classes", "train.profile") else "{a: {b: 1}}"
 
 
 @pytest.mark.parametrize("key", ALL_KEYS)
@@ -278,8 +289,14 @@ BAD_NUMBERS = {
     "train.save_total_limit": ["0"],
     "train.save_keep_steps": ["-1", "1.5"],
     "train.metric_for_best_model": ["eval_f1", "images/", "7"],
+    "train.early_stopping_patience": ["0", "1.5"],
+    "train.early_stopping_threshold": ["-0.1"],
+    "train.eval_metrics": ["[]", "[f1]", "7"],
     "train.save_in_slices": ["always", "2"],
     "train.dataloader_num_workers": ["-1"],
+    "train.device_peak_tflops": ["0", "-989"],
+    "train.profile.start_step": ["0"],
+    "train.profile.num_steps": ["0", "101"],
     "train.dataloader_prefetch_factor": ["0"],
     "train.generation_max_new_tokens": ["0"],
     "peft.r": ["0"],
@@ -312,7 +329,7 @@ def test_numbers_out_of_range(project: Project, key: str, value: str) -> None:
 
 
 NOT_YET = {
-    "train.report_to": "[tensorboard]",
+    "train.report_to": "[mlflow]",
     "peft.rank_pattern": "{a: 1}",
 }
 
@@ -325,7 +342,13 @@ def test_what_is_not_built_is_refused(project: Project, key: str, value: str) ->
 
 
 ACCEPTED = {
-    "train.report_to": [("none", []), ("[none]", []), ("wandb", ["wandb"]), ("[]", [])],
+    "train.report_to": [
+        ("none", []),
+        ("[none]", []),
+        ("wandb", ["wandb"]),
+        ("[]", []),
+        ("tensorboard", ["tensorboard"]),
+    ],
     "train.resume": [("auto", "auto"), ("false", False), ("runs/a/checkpoint-5", "runs/a/checkpoint-5")],
     "train.logging_steps": [("5", 5), ("0", 0), ("0.25", 0.25), ("1.0", 1)],
     "train.stop_at_step": [("0.5", 0.5), ("100", 100)],
@@ -333,6 +356,7 @@ ACCEPTED = {
     "train.save_total_limit": [("null", None)],
     "train.save_keep_steps": [("0.5", 0.5), ("500", 500)],
     "train.metric_for_best_model": [(v, v) for v in ("eval_loss", "exact_match", "images/loss", "eval_images/loss")],
+    "train.eval_metrics": [("anls", ["anls"]), ("[anls, wer, anls]", ["anls", "wer"])],
     "train.greater_is_better": [("true", True)],
     "train.save_in_slices": [("true", True), ("auto", "auto")],
     "train.learning_rate": [("1e-5", 1e-5), ("1", 1)],

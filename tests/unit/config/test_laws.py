@@ -20,6 +20,10 @@ def messages(*content: str) -> str:
 TEXT, IMAGE, VIDEO = "{type: text, text: '{question_column}'}", "{type: image}", "{type: video}"
 
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "the best adapter by nothing": (
+        ["train.wandb_artifacts=best"],
+        "train.wandb_artifacts: best needs metric_for_best_model",
+    ),
     "JSON lines over the network": (
         ["data.train=[{type: jsonl, path: 'https://host/rows.jsonl'}]"],
         "data.train[0].path: got a URL, expected a local path: over the network only tar shards are read, not jsonl",
@@ -97,6 +101,22 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["train.metric_for_best_model=eval_exact_match", "data.eval=[{type: tar, path: a}]"],
         "got eval_exact_match, which needs predict_with_generate: true",
     ),
+    "the best by what is not measured": (
+        [
+            *("train.metric_for_best_model=images/anls", "data.eval=[{type: tar, path: a}]"),
+            "train.predict_with_generate=true",
+        ],
+        "got images/anls, but eval_metrics has only exact_match: add anls",
+    ),
+    "patience for what": (["train.early_stopping_patience=3"], "got 3, which needs metric_for_best_model"),
+    "the best of what": (["train.load_best_model_at_end=true"], "got true, which needs metric_for_best_model"),
+    "the best of one": (
+        [
+            *("train.metric_for_best_model=eval_loss", "data.eval=[{type: tar, path: a}]"),
+            *("train.load_best_model_at_end=true", "train.save_steps=0"),
+        ],
+        "no checkpoint before the last could be the best",
+    ),
     "generation without samples": (["train.predict_with_generate=true"], "data.eval is empty"),
     "all frozen": (["peft.towers={vision: freeze, projector: freeze, language: freeze}"], "nothing to train"),
     "a packed tower in full": (["peft.quantization=nf4", "peft.towers.vision=full"], "cannot be trained in full"),
@@ -160,6 +180,14 @@ SAID: dict[str, tuple[list[str], str]] = {
     ),
     "two warm-ups": (["train.warmup_steps=5"], "train.warmup_ratio: has no effect: warmup_steps 5 wins"),
     "packing beats grouping": (["train.packing=true"], "train.group_by_length: has no effect: packing wins"),
+    "threshold without patience": (
+        ["train.early_stopping_threshold=0.1"],
+        "train.early_stopping_threshold: has no effect: early_stopping_patience is null",
+    ),
+    "metrics of no answers": (
+        ["train.eval_metrics=[anls]"],
+        "train.eval_metrics: has no effect in training: predict_with_generate is false",
+    ),
     "budget without packing": (
         ["train.pack_max_tokens=4096"],
         "train.pack_max_tokens: has no effect: packing is false",
@@ -181,6 +209,18 @@ SAID: dict[str, tuple[list[str], str]] = {
         "peft.towers_learning_rate.vision: 1e-06 has no effect: peft.towers.vision is freeze",
     ),
     "unused variable": (["collator.dataset_columns.difficulty=level"], "message_format does not use"),
+    "names for a service that is not asked": (
+        ["train.report_to=tensorboard", "train.wandb_tags=[mine]"],
+        "train.wandb_tags: has no effect: report_to does not name wandb",
+    ),
+    "adapters for a service that is not asked": (
+        ["train.report_to=none", "train.wandb_artifacts=best"],
+        "train.wandb_artifacts: has no effect: report_to does not name wandb",
+    ),
+    "adapters of checkpoints without checkpoints": (
+        ["train.save_steps=0", "train.wandb_artifacts=all"],
+        "train.wandb_artifacts: all keeps adapters of checkpoints, and save_steps is 0",
+    ),
     "nobody prefetches": (
         ["train.dataloader_num_workers=0", "train.dataloader_prefetch_factor=4"],
         "train.dataloader_prefetch_factor: has no effect: with dataloader_num_workers 0",

@@ -222,6 +222,20 @@ def test_prompts_for_generation(processor):
     assert (batch.labels == IGNORE_INDEX).all()
 
 
+def test_of_several_answers_each_is_right_in_evaluation_alone(processor):
+    """The loss is that of the first; a mapping is as in VQAv2; an answer that was given twice is one."""
+    row = {"image": jpeg(56, 56), "question": "which digit is this", "answer": ["seven", "7", "seven"]}
+    rows = [row, row | {"answer": [{"answer": 7, "confidence": "yes"}]}, row | {"answer": []}]
+    prompts = materialiser(processor, rows=rows, for_generation=True)(job(0, 1, 2))
+    assert (prompts.references, prompts.other_references) == (["seven", "7"], [("7",), ()])
+    assert [slot.null_class for slot in prompts.null_slots] == ["bad_sample"]
+    sections = {"label_masking": ANSWERS_ONLY, **BOTH_ON}
+    held_out = Materialiser([MemorySource(rows)], processor, QWEN, collator(**sections), BOTH, 0, several_answers=True)
+    assert targets(processor, held_out(job(0)))[0] == "seven<|im_end|>"
+    (refused,) = materialiser(processor, rows=rows)(job(0)).null_slots
+    assert refused.message == "column 'answer' is list, expected a text; several answers are for evaluation alone"
+
+
 def test_add_generation_prompt_in_training(processor):
     make = materialiser(processor, frozenset(), text_processing={"add_generation_prompt": True})
     ids = make(job(TEXT)).inputs["input_ids"][0]

@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def metrics(step, **values):
         "num_steps": 100, "epoch": step / 50, "loss": 1.25, "learning_rate": 1e-4, "grad_norm": 0.5,
         "tokens_per_second": 12345.6, "samples_per_second": 7.5, "padding_share": 0.2, "data_wait_share": 0.01,
         "step_seconds": 2.0, "num_window_steps": 10, "num_target_tokens": 640,
-        "null_slots": {"decode": 1, "tail": 0}, "host_memory_bytes": 2**31,
+        "null_slots": {"decode": 1, "tail": 0}, "host_memory_bytes": 2**31, "eta_seconds": 180.0,
     }  # fmt: skip
     return StepMetrics(step=step, **(defaults | values))
 
@@ -150,6 +151,32 @@ class TestConsole:
         for whole in ("a message [with] brackets", "WARNING vlm_dist.x: a warning", "somebody prints"):
             assert whole in lines
 
+    @pytest.mark.parametrize("columns", [24, 48, 80, 200])
+    def test_the_live_line_has_the_room_that_there_is(self, tmp_path, columns):
+        """What has no room is left out: a line that wraps would leave a copy of itself at every refresh."""
+        screen = _in_terminal(_PROGRAM.format(tests=str(Path(__file__).parent), directory=str(tmp_path)), columns)
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+        live = [line for line in re.split(r"[\r\n]+", plain) if re.search(r"\d+/100  .*eta ", line + " eta ")]
+        live = [line for line in live if not line.startswith("step")]
+        assert live and max(map(len, live)) <= columns
+        assert re.search(r"eta 0:01:(40|39)$", live[-1])
+        assert ("51/100  loss 1.2500  12,346 tokens/s  MFU 41.5%  lr 1.00e-04  eta" in live[-1]) is (columns == 200)
+        assert ("tokens/s" in live[-1]) is (columns >= 80)
+        assert "━" in live[-1] or columns < 48
+
+    def test_a_dumb_terminal_has_plain_lines(self, tmp_path):
+        program = _PROGRAM.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+        screen = _in_terminal(program, TERM="dumb")
+        assert not re.search(r"\x1b|\r(?!\n)", screen)
+        assert "step 50/100" in screen and "eta 0:03:00" in screen
+
+    def test_a_narrow_pipe_has_whole_lines(self, tmp_path):
+        program = textwrap.dedent(_PROGRAM.format(tests=str(Path(__file__).parent), directory=str(tmp_path)))
+        environ = os.environ | {"COLUMNS": "20", "TERM": "xterm-256color", "FORCE_COLOR": "1"}
+        ended = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+        (line,) = ended.stdout.splitlines()
+        assert line.endswith("eta 0:03:00") and "12,346 tokens/s" in line and "\x1b" not in ended.stdout
+
 
 class TestRanks:
     def test_only_rank_0_prints_and_writes(self, tmp_path, capsys):
@@ -192,22 +219,34 @@ class TestRanks:
                 logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize("report_to", [[], None, "none", ["none"], ["wandb"], "wandb"])
+@pytest.mark.parametrize("report_to", [[], None, "none", ["none"], ["wandb"], "wandb", "tensorboard"])
 def test_report_to_takes_what_people_write(tmp_path, report_to):
     MetricLog(tmp_path, rank=1, report_to=report_to)
 
 
 def test_an_unknown_service_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match="report_to: got tensorboard, expected a list of wandb"):
-        MetricLog(tmp_path, report_to=["wandb", "tensorboard"])
+    with pytest.raises(ConfigError, match="report_to: got mlflow, expected a list of wandb, tensorboard"):
+        MetricLog(tmp_path, report_to=["wandb", "mlflow"])
 
 
-def _in_terminal(code):
+#: A line, and a step without one.
+_PROGRAM = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_log import metrics
+    from vlm_dist.observability.log import MetricLog
+    with MetricLog(Path({directory!r})) as log:
+        log.start(start_step=40, num_steps=100)
+        log.log_step(metrics(50, mfu=0.415))
+        log.advance(51, 100.0)
+"""
+
+
+def _in_terminal(code, columns=160, **environ):
     """Output of a Python program whose standard streams are a terminal."""
-    import textwrap
-
     controller, terminal = pty.openpty()
-    environ = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    environ = os.environ | {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "40"} | environ
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdin=terminal, stdout=terminal, stderr=terminal, env=environ
     )

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm_dist.observability import wandb_sink
-from vlm_dist.observability.wandb_sink import WandbSink, wandb_mode
+from vlm_dist.observability import attempt
+from vlm_dist.observability.log import MAX_PREDICTIONS
+from vlm_dist.observability.wandb_sink import WandbNames, WandbSink, wandb_mode
 
 SECRET = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"  # the form of an API key
 
@@ -21,7 +22,7 @@ SECRET = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"  # the form of an API key
 RUN = """
     import json, sys, time
     from pathlib import Path
-    from vlm_dist.observability import wandb_sink
+    from vlm_dist.observability import attempt, wandb_sink
     from vlm_dist.observability.log import MetricLog
     from vlm_dist.observability.logging_setup import configure_logging
     wandb_sink.INIT_TIMEOUT_SECONDS = 3.0
@@ -31,8 +32,14 @@ RUN = """
     began = time.monotonic()
     log.start(start_step=first, num_steps=100)
     print("START_SECONDS", time.monotonic() - began)
+    (directory / "predictions").mkdir(parents=True, exist_ok=True)
+    (directory / "adapter").mkdir(exist_ok=True)
+    (directory / "adapter" / "adapter_config.json").write_text("{}")
     for step in range(first + 1, first + 4):
+        row = {"source": "digits", "key": "000001", "prediction": f"answer-{step}", "match": True}
+        (directory / "predictions" / f"step-{step}.jsonl").write_text((json.dumps(row) + "\\n") * 500)
         log.log_eval(step, {"loss": 0.75, "exact_match/digits": 0.5})
+    log.log_adapter(directory / "adapter", ["adapter_config.json", "not-there"], first + 3, ["final"])
     log.close()
 """
 
@@ -81,6 +88,12 @@ def test_without_an_account_the_run_is_recorded_offline_and_a_resumed_run_contin
     run(directory, first=2)
     assert json.loads((directory / "wandb_run.json").read_text())["id"] == run_id
     assert len(recorded(directory)) == 2
+    for step, one in ((3, recording), (5, recorded(directory)[1])):
+        assert b"probe-adapter" in one and f"step-{step}".encode() in one
+    (table,) = [path for path in directory.rglob("*.table.json") if "answer-2" in path.read_text()]
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["source", "key", "prediction", "match"]
+    assert len(content["data"]) == MAX_PREDICTIONS
     assert all(path.name.endswith(run_id) for path in directory.glob("wandb/offline-run-*"))
     run(directory, first=0)
     assert json.loads((directory / "wandb_run.json").read_text())["id"] != run_id
@@ -166,20 +179,20 @@ def test_whatever_wandb_raises_becomes_one_warning_and_then_silence(breaks, tmp_
     fake = types.SimpleNamespace(init=init, Settings=type("Settings", (), {"model_fields": {}}))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sink = WandbSink(tmp_path, project=None, run_name=None, config={})
+    sink = WandbSink(tmp_path, names=WandbNames(), run_name=None, config={})
     with caplog.at_level(logging.WARNING):
-        sink.start(resumed=False)
+        sink.start(0)
         for step in range(3):
             sink.write("train", step, {"loss": 1.0})
         sink.close(0)
         sink.close(0)
-    assert len([record for record in caplog.records if record.name == wandb_sink.__name__]) == 1
+    assert len([record for record in caplog.records if record.name == attempt.__name__]) == 1
     assert run.calls == {"init": [], "log": ["log"], "finish": ["log"] * 3 + ["finish"]}[breaks]
 
 
 def test_a_damaged_run_id_begins_a_new_run(tmp_path, caplog):
     (tmp_path / "wandb_run.json").write_text("{")
-    sink = WandbSink(tmp_path, project=None, run_name=None, config={})
+    sink = WandbSink(tmp_path, names=WandbNames(), run_name=None, config={})
     with caplog.at_level(logging.WARNING):
         assert sink._read_run_id() is None
     assert "wandb_run.json" in caplog.text

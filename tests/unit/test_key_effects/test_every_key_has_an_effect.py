@@ -26,7 +26,7 @@ REFUSED: dict[str, object] = {}
 
 #: Values that are refused, of keys with an effect.
 REFUSED_VALUES = {
-    "train.report_to": ["tensorboard"],
+    "train.report_to": ["mlflow"],
 }
 
 for module in pkgutil.iter_modules(package.__path__):

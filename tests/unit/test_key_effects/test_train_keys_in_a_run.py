@@ -161,8 +161,17 @@ def stopped(tiny_run: TinyRun) -> Finished:
         "train.save_total_limit=1",
         "train.predict_with_generate=true",
         "train.generation_max_new_tokens=3",
-        "train.report_to=[wandb]",
+        "train.report_to=[wandb,tensorboard]",
         "train.wandb_project=our-project",
+        "train.wandb_entity=our-team",
+        "train.wandb_group=our-group",
+        "train.wandb_tags=[our-tag]",
+        "train.wandb_notes=our-notes",
+        "train.wandb_artifacts=all",
+        "train.device_peak_tflops=0.5",
+        "train.profile.start_step=1",
+        "train.profile.num_steps=2",
+        "train.profile.memory=true",
         "train.run_name=our-run",
         "train.dataloader_pin_memory=true",
         "train.sample_ledger=true",
@@ -200,7 +209,10 @@ def test_answers_are_generated_and_counted(tiny_run: TinyRun, place: Path) -> No
     assert "images/exact_match" in tiny_run.metrics("own/place", "eval")[0]
 
 
-@shows("train.report_to", "train.run_name", "train.wandb_project")
+@shows(
+    *("train.report_to", "train.run_name", "train.wandb_project"),
+    *("train.wandb_entity", "train.wandb_group", "train.wandb_tags", "train.wandb_notes", "train.wandb_artifacts"),
+)
 def test_the_run_is_in_wandb_under_its_names(place: Path) -> None:
     """The names stand in the arguments and the configuration too, so that only wandb's own fields for them count."""
     from wandb.proto.wandb_internal_pb2 import RunRecord
@@ -209,6 +221,32 @@ def test_the_run_is_in_wandb_under_its_names(place: Path) -> None:
     recorded = file.read_bytes()
     assert RunRecord(display_name="our-run").SerializeToString() in recorded
     assert RunRecord(project="our-project").SerializeToString() in recorded
+    for field in ({"entity": "our-team"}, {"run_group": "our-group"}, {"notes": "our-notes"}, {"tags": ["our-tag"]}):
+        assert RunRecord(**field).SerializeToString() in recorded
+    assert b"our-run-adapter" in recorded
+
+
+@shows("train.report_to")
+def test_the_run_is_in_tensorboard(place: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(place / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+
+
+@shows("train.device_peak_tflops")
+@pytest.mark.usefixtures("place")
+def test_mfu_is_a_share_of_the_peak_that_is_given(tiny_run: TinyRun) -> None:
+    for record in tiny_run.metrics("own/place"):
+        assert record["mfu"] == pytest.approx(record["tflops_per_device"] / 0.5)
+
+
+@shows("train.profile.start_step", "train.profile.num_steps", "train.profile.ranks", "train.profile.memory")
+def test_steps_are_traced_as_asked(place: Path) -> None:
+    """The resumed run below asks for rank 1, which it has not."""
+    assert {path.name for path in (place / "profile").iterdir()} == {"steps-2-3-rank-0.json.gz", "steps-2-3-rank-0.txt"}
+    assert "operators by their own memory" in (place / "profile" / "steps-2-3-rank-0.txt").read_text()
 
 
 @shows("train.sample_ledger")
@@ -235,6 +273,7 @@ def test_resume_continues_where_it_stopped(tiny_run: TinyRun, place: Path) -> No
     ended = tiny_run.train(
         "train.output_dir=own/place",
         "train.resume=own/place/checkpoint-4",
+        "train.profile={start_step: 1, num_steps: 1, ranks: [1]}",
         "train.max_steps=6",
         "train.logging_steps=1",
         "train.seed=42",
@@ -243,4 +282,6 @@ def test_resume_continues_where_it_stopped(tiny_run: TinyRun, place: Path) -> No
     assert re.search(r"resumed from \S*checkpoint-4 at step 4 of 6", ended.stdout)
     assert steps(tiny_run, "train") == [2, 4, 5, 6]
     assert "wandb:" not in ended.stdout
+    assert len(list((place / "profile").iterdir())) == 2
+    assert "train.profile.ranks: [1] are not there; the run has 1" in ended.stdout
     assert "done: 6 steps" in ended.stdout and (place / "adapter" / "adapter_config.json").is_file()

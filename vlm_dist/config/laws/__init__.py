@@ -18,7 +18,15 @@ from vlm_dist.config.laws.model import (
     check_precision,
     check_towers,
 )
-from vlm_dist.config.laws.train import check_best, check_lengths, check_packing, check_training, check_workers
+from vlm_dist.config.laws.reporting import check_reporting
+from vlm_dist.config.laws.train import (
+    check_best,
+    check_early_end,
+    check_lengths,
+    check_packing,
+    check_training,
+    check_workers,
+)
 
 __all__ = ["Draft", "Finding", "findings"]
 
@@ -34,9 +42,11 @@ def findings(draft: Draft) -> Iterator[Finding]:
     yield from check_processing(draft.collator, draft.train)
     yield from check_training(draft.train, draft.data)
     yield from check_best(draft.train, draft.data)
+    yield from check_early_end(draft.train)
     yield from check_packing(draft.train, draft.collator)
     yield from check_lengths(draft.train, draft.data)
     yield from check_workers(draft.train, draft.data, draft.collator)
+    yield from check_reporting(draft.train)
     yield from check_compilation(draft)
     yield from check_towers(draft.peft)
     yield from check_sources(draft.data)

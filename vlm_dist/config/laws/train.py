@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
+from vlm_dist.config.answer_metrics import figure_of
 from vlm_dist.config.data import DataConfig
 from vlm_dist.config.laws.finding import Finding
 from vlm_dist.config.train import TrainConfig
@@ -55,9 +56,12 @@ def check_best(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
     if not data.eval or not train.eval_steps:
         reason = "data.eval is empty: name held-out samples" if not data.eval else "eval_steps is 0"
         yield Finding(metric, f"got {name}, but {reason}", also=(("data", "eval"), ("train", "eval_steps")))
-    elif name.endswith("exact_match") and not train.predict_with_generate:
+    elif figure_of(name) != "loss" and not train.predict_with_generate:
         message = f"got {name}, which needs predict_with_generate: true"
         yield Finding(metric, message, also=(("train", "predict_with_generate"),))
+    elif figure_of(name) not in ("loss", *train.eval_metrics):
+        message = f"got {name}, but eval_metrics has only {', '.join(train.eval_metrics)}: add {figure_of(name)}"
+        yield Finding(metric, message, also=(("train", "eval_metrics"),))
     save, evaluate = train.save_steps, train.eval_steps
     if save and evaluate and (save < 1) == (evaluate < 1) and (Fraction(str(save)) % Fraction(str(evaluate))):
         message = (
@@ -65,6 +69,30 @@ def check_best(train: TrainConfig, data: DataConfig) -> Iterator[Finding]:
             f"eval_steps {evaluate:g}"
         )
         yield Finding(metric, message, also=(("train", "save_steps"), ("train", "eval_steps")), is_notice=True)
+
+
+def check_early_end(train: TrainConfig) -> Iterator[Finding]:
+    """What goes by the best evaluation knows which it is."""
+    metric: KeyPath = ("train", "metric_for_best_model")
+    patience: KeyPath = ("train", "early_stopping_patience")
+    if train.metric_for_best_model is None:
+        for key, is_on in (
+            ("early_stopping_patience", train.early_stopping_patience is not None),
+            ("load_best_model_at_end", train.load_best_model_at_end),
+        ):
+            if is_on:
+                message = f"got {getattr(train, key)}, which needs metric_for_best_model: by what one is better".lower()
+                yield Finding(("train", key), message, also=(metric,))
+    elif train.load_best_model_at_end and not train.save_steps:
+        message = "got true, but save_steps is 0: no checkpoint before the last could be the best"
+        yield Finding(("train", "load_best_model_at_end"), message, also=(("train", "save_steps"),))
+    if train.early_stopping_threshold and train.early_stopping_patience is None:
+        threshold: KeyPath = ("train", "early_stopping_threshold")
+        yield Finding(threshold, "has no effect: early_stopping_patience is null", also=(patience,), is_notice=True)
+    if train.eval_metrics != TrainConfig.model_fields["eval_metrics"].default and not train.predict_with_generate:
+        generates: KeyPath = ("train", "predict_with_generate")
+        message = "has no effect in training: predict_with_generate is false"
+        yield Finding(("train", "eval_metrics"), message, also=(generates,), is_notice=True)
 
 
 def check_packing(train: TrainConfig, collator: VlmCollatorConfig) -> Iterator[Finding]:

@@ -36,6 +36,7 @@ class MessageBuilder:
         self._messages: tuple[Message, ...] = message_format.training_messages
         self._system_prompt = message_format.system_prompt
         self.text_columns: dict[str, str] = {}  # variable -> column, of the variables in use
+        self.answer_columns: frozenset[str] = frozenset()  # that the last turn of the assistant alone has
         if self._messages_column is not None:
             self.text_columns = {MESSAGES_COLUMN: self._messages_column}
             return
@@ -47,6 +48,7 @@ class MessageBuilder:
             names = ", ".join("{" + name + "}" for name in unknown)
             raise ConfigError(f"message_format uses {names}, which dataset_columns does not have")
         self.text_columns = {name: columns[name] for name in sorted(used - {"system_prompt"})}
+        self.answer_columns = self._find_answer_columns()
         self._shown_by = self._assign_placeholders()
 
     @property
@@ -66,6 +68,28 @@ class MessageBuilder:
                 raise ConfigError(f"{switch} is on, but message_format.training_messages has no {{type: {kind}}} part")
             shown_by[kind] = placeholder
         return shown_by
+
+    def _find_answer_columns(self) -> frozenset[str]:
+        used = [
+            {name for part in message.content for name in variables_in(part.text or "")} for message in self._messages
+        ]
+        last = max((i for i, message in enumerate(self._messages) if message.role == "assistant"), default=None)
+        if last is None:
+            return frozenset()
+        elsewhere = {name for i, names in enumerate(used) if i != last for name in names}
+        return frozenset(self.text_columns[name] for name in used[last] - elsewhere if name in self.text_columns)
+
+    def each_answer(self, fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A sample once for each of its answers, where the column of the answer has a list of them; each of them once.
+
+        Answers are texts or numbers, or mappings with an `answer`, as in VQAv2.
+        """
+        for column in sorted(self.answer_columns):
+            value = fields.get(column)
+            if isinstance(value, list | tuple) and len(value) > 0:
+                plain = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
+                return [{**fields, column: one} for i, one in enumerate(plain) if one not in plain[:i]]
+        return [fields]
 
     def empty_fields(self) -> dict[str, Any]:
         """The columns of a sample that says nothing and shows nothing."""
@@ -136,4 +160,5 @@ def _as_text(fields: Mapping[str, Any], column: str) -> str:
     if isinstance(value, int | float):
         return str(value)
     kind = "null" if value is None else type(value).__name__
-    raise SkipSample("bad_sample", f"column {column!r} is {kind}, expected a text")
+    several = "; several answers are for evaluation alone" if isinstance(value, list | tuple) and value else ""
+    raise SkipSample("bad_sample", f"column {column!r} is {kind}, expected a text{several}")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from vlm_dist.data.media.limits import IMAGE_FORMATS, MAX_IMAGE_PIXELS
 from vlm_dist.data.media.named import naming
 from vlm_dist.errors import SkipSample
 
@@ -27,12 +28,6 @@ ResizeMode = Literal["keep_aspect", "crop", "stretch"]
 #: A decoded picture: RGB pixels, [3, H, W] uint8; or, where the colour mode is left alone, Pillow's own.
 #: Processors take tensors as they are: to make a Pillow picture of the pixels and take it apart again costs 1 ms of 10.
 Picture = Tensor | Image.Image
-
-#: A picture above this is an error of the data, or an attack: 179 million pixels are half a gigabyte of RGB.
-MAX_IMAGE_PIXELS = 178_956_970
-
-#: Raster formats alone: Pillow would also hand EPS to Ghostscript, a program, with bytes that nobody vouches for.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -98,7 +93,7 @@ def _decode(data: bytes, convert_to_rgb: bool) -> Picture:
         with warnings.catch_warnings():
             # Pillow warns of large pictures and of odd EXIF, torch of memory that it must not write to; we decide below
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
                 _check_pixels(opened.size)
                 picture: Picture | None = _decode_with_torchvision(opened, data) if convert_to_rgb else None
                 if picture is None:
