@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -146,9 +147,7 @@ def make_tiny_run(
 def write_configs(directory: Path, dtype: torch.dtype) -> None:
     """Copy the shipped configs, and write configs/tiny.yaml, which overrides what a small machine needs."""
     for folder in ("configs", "ds_configs"):
-        (directory / folder).mkdir(parents=True, exist_ok=True)
-        for file in (ROOT / folder).iterdir():
-            (directory / folder / file.name).write_text(file.read_text())
+        shutil.copytree(ROOT / folder, directory / folder, dirs_exist_ok=True)
     for stage in (2, 3):
         preset = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
         if stage == 3:
