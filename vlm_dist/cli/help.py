@@ -32,7 +32,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
 
 #: Command, with its subcommand -> a line that can be typed as it stands once the files have these names.
 EXAMPLES: Final[dict[str, str]] = {
-    "init": "vlm-dist init --help",
+    "init": "vlm-dist init configs/mine.yaml --model Qwen/Qwen2-VL-2B-Instruct --data data/vqa.jsonl --yes",
     "config": "vlm-dist config configs/run.yaml --set train.learning_rate=1e-4",
     "check": "vlm-dist check configs/run.yaml --stage data",
     "preview": "vlm-dist preview configs/run.yaml -n 12 -o preview.html",

@@ -15,6 +15,7 @@ from vlm_dist.cli import (
     estimate,
     export,
     generate,
+    init,
     launch,
     plan,
     preview,
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
     parser.commands = commands
     for module in (
+        init,
         config,
         check,
         preview,
