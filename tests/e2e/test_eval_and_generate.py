@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,15 +190,27 @@ def test_generate_talks_on_a_terminal(run: TinyRun) -> None:
         start_new_session=True,
     )
     os.close(terminal)
-    os.write(screen, f"{QUESTION}\n\x04".encode())
-    said = b""
-    with contextlib.suppress(OSError):  # the other side has hung up
-        while piece := os.read(screen, 4096):
-            said += piece
-    os.close(screen)
-    assert talking.wait(60) == 0
-    wanted = lines(run.directory / "run" / "predictions" / "step-2.jsonl")[0]["prediction"][:2]
-    assert said.decode(errors="replace").count("> ") >= 2 and wanted.strip() in said.decode(errors="replace")
+
+    def read_until(text: bytes) -> str:
+        """What is typed before the prompt is there would not be seen as typed."""
+        said, deadline = b"", time.monotonic() + 60
+        while not said.endswith(text):
+            readable, _, _ = select.select([screen], [], [], max(0.0, deadline - time.monotonic()))
+            assert readable, said
+            said += os.read(screen, 4096)
+        return said.decode(errors="replace")
+
+    try:
+        read_until(b"> ")
+        os.write(screen, f"{QUESTION}\n".encode())
+        answered = read_until(b"> ")
+        os.write(screen, b"\x04")
+        assert talking.wait(30) == 0
+    finally:
+        talking.kill()
+        os.close(screen)
+    answer = lines(run.directory / "run" / "predictions" / "step-2.jsonl")[0]["prediction"].strip("\ufffd")[:1]
+    assert answer in answered.partition(QUESTION)[2]
 
 
 def test_the_prompt_is_that_of_training(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_from_flags_it_trains(run: TinyRun) -> None:
     assert run.metrics("runs/vqa")[0]["loss"] > 0
 
 
-def test_on_a_terminal_it_asks(run: TinyRun) -> None:
+def test_on_a_terminal_it_asks(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = ["model", "odd names.jsonl", "-", "-", "query", "response", "runs/odd", "16"]
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
@@ -71,7 +71,8 @@ def test_on_a_terminal_it_asks(run: TinyRun) -> None:
             said += "\n"
     assert child.wait(30) == 0, said
     assert re.search(r"columns: (?=.*query)(?=.*response)(?=.*note)", said)
-    config = load_run(run.directory / "asked.yaml")
+    monkeypatch.chdir(run.directory)
+    config = load_run("asked.yaml")
     assert config.collator.dataset_columns.mapping["question_column"] == "query"
     assert "sbatch --nodes=2" in (run.directory / "asked.yaml").read_text()
 

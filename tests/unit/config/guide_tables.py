@@ -1,4 +1,4 @@
-"""The key tables of configs/README.md and configs/README.ko.md: values, defaults and examples are written from the schemas.
+"""The key tables of the guides in configs/: values, defaults and examples are written from the schemas.
 
     python -m tests.unit.config.guide_tables
 
@@ -37,14 +37,29 @@ _HEADS = {"en": ("key", "values", "default", "example", "meaning"), "ko": ("키"
 _WORDS = {
     "en": {},
     "ko": {
-        "integer": "정수", "number": "수", "text": "문자열", "path": "경로", "list": "목록", "mapping": "매핑",
-        "list of text": "문자열 목록", "required": "필수", "none": "없음", "share < 1, or steps": "1 미만은 비율, 1 이상은 스텝",
-        "list of paths": "경로 목록", "list of names": "이름 목록", "regular expression": "정규식", "size": "크기",
-        "as below": "아래 표 참고", "as the common ones": "공통 값과 같은 키", "any": "제한 없음", "module": "모듈",
-        "URL": "URL", "condition": "조건", "list of integers": "정수 목록", "facts": "사실 매핑",
-        "metric": "지표", "list of metrics": "지표 목록",
+        "integer": "정수",
+        "number": "수",
+        "text": "문자열",
+        "path": "경로",
+        "list": "목록",
+        "mapping": "매핑",
+        "required": "필수",
+        "module": "모듈",
+        "size": "크기",
+        "condition": "조건",
+        "facts": "사실 매핑",
+        "metric": "지표",
+        "regular expression": "정규식",
+        "list of text": "문자열 목록",
+        "list of paths": "경로 목록",
+        "list of names": "이름 목록",
+        "list of integers": "정수 목록",
+        "list of metrics": "지표 목록",
+        "share < 1, or steps": "1 미만은 비율, 1 이상은 스텝",
+        "the example above": "위의 예",
+        "as the common ones": "공통 값과 같은 키",
     },
-}  # fmt: skip
+}
 
 #: Keys whose values a function checks, so that the annotation does not tell them.
 _CHECKED = {
@@ -101,7 +116,7 @@ EXAMPLES: dict[str, str] = {
     "collator.dataset_columns.context_column": "caption",
     "collator.dataset_columns.messages_column": "conversations",
     "collator.message_format.system_prompt": "Answer with one word.",
-    "collator.message_format.training_messages": '[{role: assistant, content: [{type: text, text: "{answer_column}"}]}]',
+    "collator.message_format.training_messages": "[{role: assistant, content: [{type: image}]}]",
     "collator.message_format.training_messages[].content": "[{type: image}]",
     "collator.message_format.training_messages[].content[].text": '"{question_column}"',
     "collator.image_processing.max_size": "1024",
@@ -220,9 +235,7 @@ def _walk(schema: type[Section], above: str) -> Iterator[Key]:
     for name, field in schema.model_fields.items():
         path = f"{above}.{name}"
         section, ending = _section_in(field.annotation)
-        if section is None or (schema is ModelClassEntry and name != "family"):
-            yield Key(path, field, schema)
-        elif path == "data.eval":  # the same as data.train
+        if section is None or (schema is ModelClassEntry and name != "family") or path == "data.eval":
             yield Key(path, field, schema)
         else:
             if ending or _is_optional(field.annotation):
@@ -288,15 +301,12 @@ def _values(annotation: Any, metadata: list[Any]) -> Iterator[str]:
 
 
 def _bounds(metadata: list[Any]) -> str:
+    kinds = ((annotated_types.Gt, "gt", ">"), (annotated_types.Ge, "ge", "≥"), (annotated_types.Lt, "lt", "<"),
+             (annotated_types.Le, "le", "≤"))  # fmt: skip
     found = []
     for one in metadata:
-        for inner in (one.metadata if isinstance(one, FieldInfo) else [one]):
-            for kind, sign in ((annotated_types.Gt, ">"), (annotated_types.Ge, "≥"), (annotated_types.Lt, "<"),
-                               (annotated_types.Le, "≤")):  # fmt: skip
-                if isinstance(inner, kind):
-                    bound = next(iter(vars(inner).values())) if hasattr(inner, "__dict__") else None
-                    bound = getattr(inner, {">": "gt", "≥": "ge", "<": "lt", "≤": "le"}[sign]) if bound is None else bound
-                    found.append(f" {sign} {bound:g}")
+        for inner in one.metadata if isinstance(one, FieldInfo) else [one]:
+            found += [f" {sign} {getattr(inner, name):g}" for kind, name, sign in kinds if isinstance(inner, kind)]
     return ",".join(found)
 
 
@@ -305,10 +315,8 @@ def default_of(key: Key) -> str:
     default = key.field.get_default(call_default_factory=True)
     if default is PydanticUndefined:
         return "required"
-    if isinstance(default, Section):
-        return "as below"
     if key.name == "message_format.training_messages":
-        return "as below"
+        return "the example above"
     if default in ((), {}):
         return "`{}`" if default == {} else "`[]`"
     return f"`{_yaml(default)}`"
@@ -320,7 +328,7 @@ def _yaml(value: Any) -> str:
     if isinstance(value, tuple):
         value = list(value)
     if isinstance(value, float):
-        return f"{value:g}" if 1e-3 <= abs(value) or value == 0 else f"{value:.1e}"
+        return f"{value:g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 
@@ -354,7 +362,9 @@ def tables(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
     found = []
     for match in _TABLE.finditer(text):
         lines = [line for line in match[3].splitlines() if line.startswith("| `")]
-        rows = [(cells[1].strip().strip("`"), cells[-2].strip()) for cells in (re.split(r"(?<!\\)\|", one) for one in lines)]
+        rows = [
+            (cells[1].strip().strip("`"), cells[-2].strip()) for cells in (re.split(r"(?<!\\)\|", one) for one in lines)
+        ]
         found.append((match[2], rows))
     return found
 
