@@ -57,10 +57,13 @@ def debug(run_file: Path, overrides: Sequence[str], stop: StopRequest) -> ExitCo
     try:
         _say(f"debug: everything goes to {directory}; the run's own directory is not touched")
         _say(f"debug: the first micro-batch is in {show_first_batch(resolved, directory)}")
-        return _train(config, stop)
+        code = _train(config, stop)
     except VlmDistError:
         traceback.print_exc()
         raise
+    if code is ExitCode.DONE:
+        _say(f"debug: it went through; all of it is in {directory}. To train, leave out --debug")
+    return code
 
 
 def debug_config(config: RunConfig) -> RunConfig:

@@ -70,6 +70,17 @@ def test_merged_loads_without_us_and_is_verified(run: TinyRun) -> None:
     assert other.exit_code == 5 and "train.metric_for_best_model" in other.stderr
 
 
+def test_dora_and_places_where_nothing_can_be_written(run: TinyRun) -> None:
+    finished = run.train("train.max_steps=2", "train.output_dir=dora", "peft.use_dora=true", "peft.use_rslora=true")
+    assert finished.exit_code == 0, finished.output
+    told = run.command(["vlm-dist", "export", "verify", "dora"])
+    assert told.exit_code == 0, told.output
+    file = run.command(["vlm-dist", "export", "merge", "dora", "-o", "configs/tiny.yaml"])
+    assert file.exit_code == 5 and "configs/tiny.yaml is a file" in file.stderr
+    elsewhere = run.command(["sh", "-c", f"cd / && vlm-dist export verify '{run.directory}/dora'"])
+    assert elsewhere.exit_code == 2 and "--base says where it is now" in elsewhere.stderr
+
+
 def problems(found: list[Finding]) -> str:
     return "\n".join(f"{one.what}: {one.found}" for one in found if one.level is Level.PROBLEM)
 

@@ -52,11 +52,13 @@ def check_data(parts: Parts) -> Iterator[Finding]:
             check_columns(builder, sources)
         except ConfigError as error:
             for line in str(error).splitlines():
+                # a line about media says itself what to do without them
+                fix = "correct dataset_columns in vlm_collator_config.yaml, or rename with `columns` of the source"
                 yield Finding(
                     Level.PROBLEM,
                     f"data.{which} columns",
                     line,
-                    "correct dataset_columns in vlm_collator_config.yaml, or rename with `columns` of the source",
+                    "" if "Without " in line else fix,
                     exit_code=ExitCode.CONFIG,
                 )
     if opened["train"] and not config.data.eval:
@@ -104,8 +106,8 @@ def _samples(source: Source, where: str, builder: MessageBuilder, config: RunCon
             bad.append(f"{source.origin(row)}: {_in_words(outcome)}")
         else:
             media.update(outcome)
-    size = f"{len(source):,} samples in {len(source.shard_sizes):,} shards" if _is_sharded(source) else (
-        f"{len(source):,} samples"
+    size = f"{_samples_in_words(len(source))} in {len(source.shard_sizes):,} shards" if _is_sharded(source) else (
+        _samples_in_words(len(source))
     )  # fmt: skip
     seen = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for name, count in media.items() if count)
     columns = ", ".join(source.columns)
@@ -132,6 +134,10 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, SkipSample):
         return f"{error.null_class}: {error.message}"
     return f"{type(error).__name__}: {error}"
+
+
+def _samples_in_words(count: int) -> str:
+    return f"{count:,} sample{'' if count == 1 else 's'}"
 
 
 def _is_sharded(source: Source) -> bool:

@@ -106,10 +106,21 @@ def _run_stage(name: str, parts: Parts, found: dict[str, list[Finding]]) -> None
 
 
 def _tell(found: dict[str, list[Finding]], stage: str, met_by: str, error: VlmDistError) -> None:
-    for line in str(error).splitlines():
-        found.setdefault(stage, []).append(Finding(Level.PROBLEM, stage, line, exit_code=error.exit_code))
+    """Tell an error, once: where another stage has told it already, this one only says that it ends."""
+    told_by = next((name for name, findings in found.items() if _has_told(findings, str(error))), None)
+    if told_by is None:
+        found.setdefault(stage, []).append(Finding(Level.PROBLEM, stage, str(error), exit_code=error.exit_code))
+    elif met_by == stage:
+        whole = "the configuration" if told_by == "config" else f"stage {told_by}"
+        found[met_by].append(Finding(Level.WARNING, met_by, f"not looked at any further: {whole} has a problem"))
     if met_by != stage:
         found[met_by].append(Finding(Level.WARNING, met_by, f"not looked at any further: stage {stage} has a problem"))
+
+
+def _has_told(findings: Sequence[Finding], text: str) -> bool:
+    """Whether problems say all this already, as a whole or line by line."""
+    told = "\n".join(finding.found for finding in findings if finding.level is Level.PROBLEM)
+    return bool(told) and all(line in told for line in text.splitlines())
 
 
 def _about_config(drafted: Drafted, run: Path) -> Iterator[Finding]:

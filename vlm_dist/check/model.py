@@ -22,9 +22,8 @@ from vlm_dist.model import (
     tower_table,
 )
 from vlm_dist.model.loading_errors import check_present, is_local
-from vlm_dist.observability.findings import Finding, Level
+from vlm_dist.observability.findings import Finding, Level, size_text
 
-_GIB = 2**30
 #: Of a checkpoint, a trained element: adapter, fp32 master and two moments (docs/benchmarks/checkpoint.md).
 CHECKPOINT_BYTES = 16
 #: DeepSpeed's own and ours are few beside it.
@@ -76,7 +75,7 @@ def _files(config: RunConfig) -> Iterator[Finding]:
         return
     directory = Path(config.model_id)
     size = sum(file.stat().st_size for pattern in _WEIGHT_FILES for file in directory.glob(pattern))
-    found = f"{size / _GIB:.2f} GiB in {directory}; their names and shapes are read by --stage step"
+    found = f"{size_text(size)} in {directory}; their names and shapes are read by --stage step"
     yield Finding(Level.OK, "weights", found)
 
 
@@ -109,7 +108,7 @@ def _room(parts: Parts, config: RunConfig, num_trainable: int) -> Iterator[Findi
     except (NotThereError, OfStageError):
         num_steps = train.max_steps if train.max_steps > 0 else 0
     if not num_steps:
-        yield Finding(Level.OK, "checkpoints", f"{size / _GIB:.2f} GiB each")
+        yield Finding(Level.OK, "checkpoints", f"{size_text(size)} each")
         return
     saves = make_cadence(config, num_steps).save_steps
     positions = sorted({*range(saves, num_steps + 1, saves), num_steps} if saves else {num_steps})
@@ -121,7 +120,7 @@ def _room(parts: Parts, config: RunConfig, num_trainable: int) -> Iterator[Findi
     free = shutil.disk_usage(directory).free
     found = (
         f"{_counted(len(positions))} written, up to {count:,} lie in {train.output_dir} at a time: {count} x "
-        f"{size / _GIB:.2f} GiB = {needed / _GIB:.2f} GiB, {free / _GIB:.1f} GiB are free"
+        f"{size_text(size)} = {size_text(needed)}, {size_text(free)} are free"
     )
     if needed > free:
         yield Finding(

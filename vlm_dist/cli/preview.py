@@ -33,6 +33,12 @@ def preview(options: argparse.Namespace) -> None:
     from vlm_dist.preview.preview import make_preview
 
     show_messages()
+    path = options.output if options.output is not None else _PAGE
+    writes = options.output is not None or options.open or not options.terminal
+    if writes:
+        from vlm_dist.observability.page import check_place
+
+        check_place(path)
     made = make_preview(
         options.run,
         options.overrides,
@@ -46,11 +52,10 @@ def preview(options: argparse.Namespace) -> None:
         from vlm_dist.preview.terminal import print_preview
 
         print_preview(made)
-    if options.output is None and options.terminal and not options.open:
+    if not writes:
         return
     from vlm_dist.preview.html import write_page
 
-    path = options.output if options.output is not None else _PAGE
     write_page(made, path)
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     if options.open:

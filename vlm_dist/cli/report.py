@@ -33,6 +33,11 @@ def report(options: argparse.Namespace) -> None:
 
     show_messages()
     writes = options.output is not None or options.open or not options.terminal
+    path = options.output if options.output is not None else _PAGE
+    if writes:
+        from vlm_dist.observability.page import check_place
+
+        check_place(path)
     made = make_report(options.runs, with_pictures=writes and not options.no_pictures)
     if options.terminal:
         from vlm_dist.report.terminal import print_report
@@ -42,7 +47,6 @@ def report(options: argparse.Namespace) -> None:
         return
     from vlm_dist.report.html import write_page
 
-    path = options.output if options.output is not None else _PAGE
     write_page(made, path, options.axis)
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     if options.open:

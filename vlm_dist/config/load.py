@@ -55,7 +55,7 @@ class Drafted:
 
     Attributes:
         config: with defaults in the place of wrong values; None: there is not enough for one.
-        problems: one line each, in the order of the files.
+        problems: in the order of the files; most have one line.
         broken: sections in which something is wrong: nothing can be said of what depends on them.
     """
 
@@ -73,7 +73,7 @@ def draft_run(path: Path | str, overrides: Sequence[str] = ()) -> Drafted:
     """
     loading = _Load(Path(path))
     config = loading.run(overrides)
-    problems = str(_config_error(loading.problems, loading.sources)).splitlines() if loading.problems else []
+    problems = _ranked(loading.problems, loading.sources)
     sections = {str(one[0]) for one in loading.broken if one}
     return Drafted(config, problems, frozenset(sections))
 
@@ -272,6 +272,10 @@ def _without(value: Any, path: KeyPath) -> Any:
 
 
 def _config_error(problems: Sequence[Problem], sources: Sequence[str]) -> ConfigError:
+    return ConfigError("\n".join(_ranked(problems, sources)))
+
+
+def _ranked(problems: Sequence[Problem], sources: Sequence[str]) -> list[str]:
     order = {source: rank for rank, source in reversed(list(enumerate(sources)))}
     ranked = sorted(problems, key=lambda p: (order.get(p.origin.source, len(order)), p.origin.line))
-    return ConfigError("\n".join(dict.fromkeys(str(problem) for problem in ranked)))
+    return list(dict.fromkeys(str(problem) for problem in ranked))

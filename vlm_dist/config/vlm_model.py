@@ -101,6 +101,11 @@ class VlmModelConfig(Section):
         if not directory.is_dir():
             if _looks_like_a_path(model_id):
                 raise ConfigError(f"no such model directory: {model_id}")
+            if "/" not in model_id:  # no hub id of a vision-language model is one word
+                raise ConfigError(
+                    f"{model_id} is no hub id (organisation/name), and there is no such directory in {Path.cwd()}; "
+                    "relative directories start where the command is called"
+                )
             missing = _missing_entry(model_id, "YourModelClass", "YourProcessorClass")
             raise ConfigError("\n".join([*_near_directory(directory), missing]))
         architecture = _architecture(directory)

@@ -99,6 +99,12 @@ def _of_smaller_batch(made: Estimate, rows: list[Row]) -> Advice:
 def _of_nothing(made: Estimate) -> Advice:
     """Nothing fits: what is largest has to become smaller."""
     best = min(made.rows, key=lambda row: row.largest.total)
+    if (fixed := best.largest.parts["framework"]) >= made.machine.memory_bytes:
+        return Advice(
+            f"Nothing fits: CUDA and NCCL alone take about {fixed / GIB:.1f} GiB of a GPU, whatever the run; "
+            "larger GPUs are needed.",
+            (),
+        )
     lacking = (best.largest.total - made.machine.memory_bytes) / GIB
     parts = {name: size for name, size in best.largest.parts.items() if name != "framework"}
     largest = max(parts, key=lambda name: parts[name])
@@ -113,8 +119,8 @@ def _of_nothing(made: Estimate) -> Advice:
     else:
         settings.append(f"collator.text_processing.max_length={max(128, longest // 2)}")
     return Advice(
-        f"Nothing fits: the smallest, {best.variant.name}, lacks {lacking:.1f} GiB, and its largest part is {largest}. "
-        "Take smaller micro-batches, more or larger GPUs; a first step:",
+        f"Nothing fits: the smallest, {best.variant.name}, lacks {lacking:.1f} GiB, and the largest part that settings "
+        f"can change is {largest}. Take smaller micro-batches, more or larger GPUs; a first step:",
         tuple(settings),
     )
 

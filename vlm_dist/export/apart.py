@@ -17,7 +17,7 @@ from vlm_dist.observability.findings import Finding, Level
 _SCRIPT = """
 import json, sys
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 base, adapter, rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -25,9 +25,8 @@ model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
 if rows > model.get_input_embeddings().weight.shape[0]:
     model.resize_token_embeddings(rows)
 model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
-values = {}
-for name, parameter in model.named_parameters(remove_duplicate=False):
-    values[name.replace(".default", "").replace(".modules_to_save", "")] = parameter
+values = dict(model.named_parameters(remove_duplicate=False))  # what has no module to be listed by goes in place
+values |= get_peft_model_state_dict(model, save_embedding_layers=False)
 there = wrong = 0
 with safe_open(adapter + "/adapter_model.safetensors", framework="pt") as file:
     for key in file.keys():

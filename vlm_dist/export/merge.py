@@ -18,10 +18,10 @@ from vlm_dist.errors import CheckpointError
 from vlm_dist.export.card import write_card
 from vlm_dist.export.opening import Origin, open_base, with_adapter
 from vlm_dist.model import parse_dtype
+from vlm_dist.observability.findings import size_text
 
 #: Which files went in; beside the weights.
 MERGE_INFO = "merge_info.json"
-_GIB = 2**30
 #: Files of processor and configuration, and room to breathe.
 _MARGIN_BYTES = 64 * 2**20
 
@@ -81,7 +81,7 @@ def merge(
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{target} cannot be written: {error}") from error
     size = sum(file.stat().st_size for file in target.iterdir())
-    report(f"wrote {target}: {count:,} parameters in {dtype}, {size / _GIB:.2f} GiB")
+    report(f"wrote {target}: {count:,} parameters in {dtype}, {size_text(size)}")
 
 
 def merged_model(origin: Origin, base: Any) -> Any:
@@ -109,8 +109,13 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _check_target(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a new directory with -o")
+    if target.exists() and any(target.iterdir()):
         raise CheckpointError(f"{target} is not empty; name a new directory with -o")
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise CheckpointError(f"{target} cannot be written: no right to write in {parent}")
 
 
 def _check_room(target: Path, num_bytes: int) -> None:
@@ -118,7 +123,7 @@ def _check_room(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes + _MARGIN_BYTES:
         raise CheckpointError(
-            f"{target} needs {num_bytes / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB are free in {parent}"
+            f"{target} needs {size_text(num_bytes + _MARGIN_BYTES)}, and {size_text(free)} are free in {parent}"
         )
 
 

@@ -25,7 +25,7 @@ from vlm_dist.checkpoint.layout import (
 )
 from vlm_dist.checkpoint.retention import marked_best
 from vlm_dist.config import RunConfig
-from vlm_dist.errors import CheckpointError, ModelError
+from vlm_dist.errors import CheckpointError, ConfigError, ModelError
 from vlm_dist.families import Family
 from vlm_dist.model import load_model, make_room_for_tokens, prepare_checkpoint
 from vlm_dist.model.registry import resolve_class
@@ -77,7 +77,13 @@ def open_origin(
     if (chosen / COMPLETE).is_file():
         Checkpoint.open(chosen)  # every hash
     point = StartingPoint.open(chosen)
-    config = load_answering_config(run_file or find_run_file(chosen), (), base)
+    found = run_file or find_run_file(chosen)
+    try:
+        config = load_answering_config(found, (), base)
+    except ConfigError as error:
+        if base is not None or "directory" not in str(error):
+            raise
+        raise ConfigError(f"{error}\n{found} names it as the run saw it; --base says where it is now") from error
     hashes = {name: sha256_of(chosen / name) for name in ADAPTER_FILES if (chosen / name).is_file()}
     return Origin(chosen, chosen.resolve().parent, config, point, hashes)
 

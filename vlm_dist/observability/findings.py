@@ -74,6 +74,15 @@ def format_table(findings: Sequence[Finding], title: str) -> str:
     return "\n".join(lines)
 
 
+def size_text(num_bytes: float) -> str:
+    """Bytes for people, in the unit that fits."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} bytes" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.2f} GiB"
+
+
 def exit_code(findings: Sequence[Finding]) -> ExitCode:
     """Of a command: that of the first stage that has a problem."""
     return next((finding.exit_code for finding in findings if finding.level is Level.PROBLEM), ExitCode.DONE)

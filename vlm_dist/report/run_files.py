@@ -122,7 +122,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         by_kind.setdefault(str(record.get("kind")), []).append(record)
     train = Lines(by_kind["train"])
     if train.num_odd:
-        remarks.append(f"{METRICS_FILE}: {train.num_odd} lines have no step and are left out")
+        remarks.append(f"{METRICS_FILE}: lines without a step are left out: {train.num_odd}")
     superseded = Lines(record for record in _json_lines(path / SUPERSEDED_FILE, remarks) if record["kind"] == "train")
     config, config_text = _read_config(path / CONFIG_FILE, remarks)
     step, predictions = _last_predictions(path / PREDICTIONS, remarks)
@@ -213,8 +213,8 @@ def _json_lines(path: Path, remarks: list[str], key: str = "kind") -> list[dict[
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if damaged:
         remarks.append(
-            f"{path.name}: {len(damaged)} damaged lines are left out, first line {damaged[0]}; "
-            "the run may have been killed while it wrote"
+            f"{path.name}: damaged lines are left out: {len(damaged)}, the first is line {damaged[0]}; "
+            "a run that is killed may leave half a line"
         )
     return records
 

@@ -63,6 +63,17 @@ def test_the_batch_stage_refuses_a_metric_of_no_source(directory: Path, monkeypa
     assert "did you mean images" in problems(found, "batch")
 
 
+def test_a_fault_is_told_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = "collator.dataset_columns.image_column=picture"
+    found = examined(directory, monkeypatch, column, "data.train.1.path=data/images", stages=["data", "processor"])
+    said = [one.found for one in found.findings if one.level is Level.PROBLEM and "no source has a column" in one.found]
+    assert len(said) == len(set(said))
+    assert any("not looked at any further" in one.found for one in found.found["processor"])
+    unknown = examined(directory, monkeypatch, "model_id=modle")
+    assert len([one for one in unknown.findings if one.level is Level.PROBLEM]) == 1
+    assert "there is no such directory in" in problems(unknown, "config")
+
+
 def test_space_for_checkpoints(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

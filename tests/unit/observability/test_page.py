@@ -81,3 +81,16 @@ def test_text_stands_out_from_its_ground(theme: int) -> None:
     for text, ground in pairs:
         low, high = sorted((luminance(COLORS[text][theme]), luminance(COLORS[ground][theme])))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
+def test_places_where_no_page_can_be(tmp_path: Path) -> None:
+    from vlm_dist.errors import ConfigError
+    from vlm_dist.observability.page import check_place
+
+    with pytest.raises(ConfigError, match="is a directory; name a file in it"):
+        check_place(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_place(tmp_path / "file" / "page.html")
+    check_place(tmp_path / "new" / "page.html")
+    assert (tmp_path / "new").is_dir()

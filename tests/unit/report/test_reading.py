@@ -32,7 +32,7 @@ def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_is_told_of(t
         file.write("\x00\x00garbage\n" + json.dumps(train_line(3)) + '\n{"kind": "train", "step": 4, "lo')
     run = read_run(tmp_path)
     assert run.train.step.tolist() == [1, 2, 3]
-    assert any("1 damaged lines" in remark and "first line 3" in remark for remark in run.remarks)
+    assert any("damaged lines are left out: 1, the first is line 3" in remark for remark in run.remarks)
 
 
 def test_odd_numbers_and_unknown_fields_do_no_harm(tmp_path):
@@ -41,7 +41,7 @@ def test_odd_numbers_and_unknown_fields_do_no_harm(tmp_path):
         make_run(tmp_path, [train_line(1), train_line(2, **odd), {"kind": "train"}, {"kind": "odd", "x": 1}])
     )
     assert len(run.train) == 2 and run.train.has("mfu") and not run.train.has("flag")
-    assert any("1 lines have no step" in remark for remark in run.remarks)
+    assert any("lines without a step are left out: 1" in remark for remark in run.remarks)
 
 
 def test_a_run_that_has_just_begun(tmp_path):

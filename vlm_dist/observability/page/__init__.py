@@ -33,6 +33,6 @@ What the shell knows:
 """
 
 from vlm_dist.observability.page.charts import chart_text
-from vlm_dist.observability.page.page import Page, data_uri
+from vlm_dist.observability.page.page import Page, check_place, data_uri
 
-__all__ = ["Page", "chart_text", "data_uri"]
+__all__ = ["Page", "chart_text", "check_place", "data_uri"]

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vlm_dist import __version__
+from vlm_dist.errors import ConfigError
 from vlm_dist.observability.page.charts import Charts, plotly_script
 from vlm_dist.observability.page.palette import COLORS
 
@@ -79,15 +80,37 @@ class Page:
         return self._environment.get_template(self._template).render(**shell, **self._values, **values)
 
     def write(self, path: Path, **values: Any) -> None:
-        """Fill in the template and put the file in its place at once, so that a reader never meets half of it."""
+        """Fill in the template and put the file in its place at once, so that a reader never meets half of it.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         text = self.render(**values)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_place(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(f"-o {path} cannot be written: {error.strerror or error}") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Make the folder of a page, and refuse a place where none can be; before the work that it takes.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    if path.is_dir():
+        raise ConfigError(f"-o {path} is a directory; name a file in it, such as {path / 'page.html'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"-o {path} cannot be written: {error.strerror or error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"-o {path} cannot be written: no right to write in {path.parent}")
 
 
 def data_uri(content: bytes, mime: str) -> str:
