@@ -46,8 +46,8 @@ def check_batch(parts: Parts) -> Iterator[Finding]:
         f"steps in all; {rhythm}",
     )
     for line in describe_plan(config, plan, batch):
-        is_notice = line.startswith(_NOTICE)
-        yield Finding(Level.WARNING if is_notice else Level.OK, "plan", line.removeprefix(_NOTICE))
+        is_odd = line.startswith(_NOTICE)
+        yield Finding(Level.WARNING if is_odd else Level.OK, "plan", line.removeprefix(_NOTICE))
     yield _padding(plan, batch.world_size)
     try:
         check_best_metric(config, parts.sources("eval"))

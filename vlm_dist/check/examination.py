@@ -130,7 +130,7 @@ def _about_config(drafted: Drafted, run: Path) -> Iterator[Finding]:
     if config is None:
         return
     for notice in config.notices:
-        yield Finding(Level.WARNING, "config", notice)
+        yield Finding(Level.NOTICE, "config", notice)
     if not drafted.problems:
         yield Finding(Level.OK, "config", f"{run}: all values and what binds them")
 

@@ -18,7 +18,8 @@ class Level(IntEnum):
 
     PROBLEM = 0
     WARNING = 1
-    OK = 2
+    NOTICE = 2
+    OK = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def format_table(findings: Sequence[Finding], title: str) -> str:
     lines = [f"{title}: {said}"]
     width = min(max((len(finding.what) for finding in ranked), default=0), 32)
     for finding in ranked:
-        level = finding.level.name if finding.level in counts else "ok"
+        level = finding.level.name if finding.level in counts else finding.level.name.lower()
         first, *rest = finding.found.splitlines() or [""]
         lines.append(f"{level:8} {finding.what:{width}}  {first}".rstrip())
         lines += [" " * (11 + width) + line for line in rest]
