@@ -6,11 +6,10 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_dist.check.batch import tensor_table
-from vlm_dist.config import RunConfig, load_run
+from vlm_dist.config import RunConfig
 from vlm_dist.distributed.environment import resolve_topology
 from vlm_dist.distributed.signals import StopRequest
 from vlm_dist.errors import ConfigError, ExitCode, VlmDistError
@@ -29,15 +28,14 @@ _MARK = ".vlm-dist-debug"
 _WIDTH = 120
 
 
-def debug(run_file: Path, overrides: Sequence[str], stop: StopRequest) -> ExitCode:
+def debug(config: RunConfig, stop: StopRequest) -> ExitCode:
     """Show the first micro-batch in files, then train two steps on the way that a debugger can follow.
 
     One process, data made in it, torch's anomaly detection on, nothing sent to any service. Learning rate and schedule
     are those of the run.
 
     Args:
-        run_file: of the run.
-        overrides: as `--set` takes them.
+        config: of the run.
         stop: listens to the signals of this process.
 
     Raises:
@@ -47,10 +45,9 @@ def debug(run_file: Path, overrides: Sequence[str], stop: StopRequest) -> ExitCo
     topology = resolve_topology(os.environ)
     if topology.world_size > 1:
         raise ConfigError(
-            f"--debug is for one process, and there are {topology.world_size}: python -m vlm_dist.train --debug "
-            f"--config {run_file}"
+            f"--debug is for one process, and there are {topology.world_size}: python -m vlm_dist.train --debug"
         )
-    config = debug_config(load_run(run_file, overrides))
+    config = debug_config(config)
     directory = _own_directory(config.train.output_dir)
     resolved = directory / "debug.yaml"
     config.write(resolved)

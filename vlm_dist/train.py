@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             from vlm_dist.debug import debug
 
-            return int(debug(options.config, options.overrides, stop))
+            return int(debug(config, stop))
         # torch, transformers and DeepSpeed come in here, when the config is known to be good
         from vlm_dist.build import train
 

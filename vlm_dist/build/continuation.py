@@ -33,28 +33,46 @@ def fit_batch(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) ->
     return resolve_batch(config.train, ranks.world_size, saved, allow_idle=True)
 
 
+def planned_by(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint whose global batch and lengths a run's plan has, before the fact or after it; None: a new run's.
+
+    Raises:
+        CheckpointError: `train.resume` names one that cannot be read.
+    """
+    store, resume = CheckpointStore(config.train.output_dir), config.train.resume
+    return store.latest() if resume is False or resume == "auto" else store.load(Path(str(resume)))
+
+
+def check_output_dir(config: RunConfig, store: CheckpointStore) -> None:
+    """Refuse to mix two runs in one directory.
+
+    Raises:
+        CheckpointError: says what to set.
+    """
+    output_dir, resume = config.train.output_dir, config.train.resume
+    if resume is False and store.has_any():
+        raise CheckpointError(
+            f"{output_dir} has checkpoints of an earlier run, and resume is false; set train.resume=auto to "
+            "continue it, or another train.output_dir"
+        )
+    is_path = resume is not False and resume != "auto"
+    if is_path and Path(str(resume)).resolve().parent != output_dir.resolve() and store.has_any():
+        raise CheckpointError(
+            f"{output_dir} has checkpoints of another run than {resume}; set train.resume=auto to continue "
+            "that run, or another train.output_dir to go on from there"
+        )
+
+
 def prepare_output_dir(config: RunConfig, store: CheckpointStore, ranks: Ranks) -> Places:
     """Refuse to mix two runs in one directory, or one that cannot be written. Collective: every rank calls this.
 
     Returns:
         Who writes there.
     """
-    output_dir = config.train.output_dir
-    places = find_places(output_dir, ranks)
+    places = find_places(config.train.output_dir, ranks)
     with agree_on_failure(ranks):
         if places.is_writer:
-            resume = config.train.resume
-            if resume is False and store.has_any():
-                raise CheckpointError(
-                    f"{output_dir} has checkpoints of an earlier run, and resume is false; set train.resume=auto to "
-                    "continue it, or another train.output_dir"
-                )
-            is_path = resume is not False and resume != "auto"
-            if is_path and Path(str(resume)).resolve().parent != output_dir.resolve() and store.has_any():
-                raise CheckpointError(
-                    f"{output_dir} has checkpoints of another run than {resume}; set train.resume=auto to continue "
-                    "that run, or another train.output_dir to go on from there"
-                )
+            check_output_dir(config, store)
             store.recover()
     return places
 

@@ -21,13 +21,20 @@ def ds_merger(
 ) -> Callable[[int | None], tuple[dict[str, Any], list[Any]]]:
     """Merge DeepSpeed's config; the number of trainable parameters is known only when the model is loaded."""
     num_nodes = max(1, ranks.world_size // ranks.topology.local_world_size)
-    return lambda num_trainable: merge_deepspeed_config(
+    return lambda num_trainable: merge_for(config, ds_json, ranks.world_size, num_nodes, num_trainable)
+
+
+def merge_for(
+    config: RunConfig, ds_json: dict[str, Any], world_size: int, num_nodes: int, num_trainable: int | None
+) -> tuple[dict[str, Any], list[Any]]:
+    """DeepSpeed's config for so many ranks, and what was derived."""
+    return merge_deepspeed_config(
         ds_json,
         per_device_train_batch_size=config.train.per_device_train_batch_size,
         bf16=config.train.bf16,
         fp16=config.train.fp16,
         max_grad_norm=config.train.max_grad_norm,
-        world_size=ranks.world_size,
+        world_size=world_size,
         num_nodes=num_nodes,
         num_trainable=num_trainable,
     )

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from vlm_dist.build.continuation import check_output_dir
 from vlm_dist.build.data import describe_plan, make_cadence
 from vlm_dist.build.saving import check_best_metric
 from vlm_dist.check.parts import Parts
+from vlm_dist.checkpoint import CheckpointStore
 from vlm_dist.config import RunConfig
 from vlm_dist.data.plan.measure import measure
 from vlm_dist.data.plan.plan import Plan
 from vlm_dist.data.types import MicroBatch
 from vlm_dist.data.workers.pool import WorkerPool
-from vlm_dist.errors import ConfigError, ExitCode
+from vlm_dist.errors import CheckpointError, ConfigError, ExitCode
 from vlm_dist.observability.findings import Finding, Level
 
 _NOTICE = "notice: "
@@ -34,8 +36,12 @@ def check_batch(parts: Parts) -> Iterator[Finding]:
             f"{batch.num_micro_batches} micro-batches",
             "another number of ranks, or another per_device_train_batch_size",
         )
-    plan = parts.plan()
     config = parts.config("model", "collator", "data", "train")
+    try:
+        check_output_dir(config, CheckpointStore(config.train.output_dir))
+    except CheckpointError as error:  # no problem of the data or the settings: whoever looks again has trained before
+        yield Finding(Level.WARNING, "output_dir", f"training will not start: {error}")
+    plan = parts.plan()
     cadence = make_cadence(config, plan.num_steps)
     every = {"log": cadence.logging_steps, "evaluate": cadence.eval_steps, "save": cadence.save_steps}
     rhythm = ", ".join(f"{doing} every {steps:,}" if steps else f"never {doing}" for doing, steps in every.items())

@@ -14,8 +14,7 @@ from vlm_dist.check.parts import NotThereError, OfStageError, Parts
 from vlm_dist.config import RunConfig
 from vlm_dist.data.encoding.preconditions import check_columns, choose_video_libraries
 from vlm_dist.data.encoding.template import MessageBuilder
-from vlm_dist.data.media.images import decode_image
-from vlm_dist.data.media.video import decode_video
+from vlm_dist.data.media.configured import configured_image, configured_video
 from vlm_dist.data.types import Source
 from vlm_dist.errors import ConfigError, ExitCode, SkipSample, VlmDistError
 from vlm_dist.observability.findings import Finding, Level
@@ -91,6 +90,10 @@ def _samples(source: Source, where: str, builder: MessageBuilder, config: RunCon
             exit_code=ExitCode.DATA,
         )
         return
+    lacking = set(builder.text_columns.values()) - set(source.columns)
+    if lacking:  # that is told for all sources together; nothing can be made of a sample
+        yield Finding(Level.WARNING, where, f"no sample was read: it has no column {', '.join(sorted(lacking))}")
+        return
     rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_SAMPLES, len(source))).astype(int)).tolist()
     seconds = config.data.sample_timeout_seconds
     looked = run_in_child([partial(_look_at, source, row, builder, config) for row in rows], seconds)
@@ -112,8 +115,8 @@ def _samples(source: Source, where: str, builder: MessageBuilder, config: RunCon
     seen = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for name, count in media.items() if count)
     columns = ", ".join(source.columns)
     if bad:
-        share = len(bad) / len(rows)
-        is_hopeless = share > max(config.data.max_bad_share, 0.5)
+        # one alone says little about a share of a few percent
+        is_hopeless = len(bad) == len(rows) or (len(bad) > 1 and len(bad) / len(rows) > config.data.max_bad_share)
         yield Finding(
             Level.PROBLEM if is_hopeless else Level.WARNING,
             where,
@@ -152,25 +155,9 @@ def _look_at(source: Source, row: int, builder: MessageBuilder, config: RunConfi
         DataError: the storage fails.
     """
     raw = source.read(row)
-    there = {name: column for name, column in builder.text_columns.items() if column in raw.fields}
-    if len(there) < len(builder.text_columns):
-        return {}  # told for the source as a whole
     conversation: Any = builder.build(raw.fields)
-    collator = config.collator
-    pictures, clips = collator.image_processing, collator.video_processing
     for image in conversation.images:
-        decode_image(
-            image,
-            convert_to_rgb=pictures.convert_to_rgb,
-            resize_mode=pictures.resize_mode,
-            max_size=pictures.max_size,
-        )
+        configured_image(image, config.collator)
     for video in conversation.videos:
-        decode_video(
-            video,
-            num_frames=clips.frame_extraction.num_frames,
-            max_duration=clips.file_processing.max_duration,
-            libraries=choose_video_libraries(collator),
-            convert_to_rgb=clips.file_processing.convert_to_rgb,
-        )
+        configured_video(video, config.collator, choose_video_libraries(config.collator))
     return {"picture": len(conversation.images), "clip": len(conversation.videos)}

@@ -9,10 +9,10 @@ from typing import Any
 
 from vlm_dist.build.data import make_cadence
 from vlm_dist.build.meta_model import meta_model
+from vlm_dist.build.parts import merge_for
 from vlm_dist.build.saving import make_retention
 from vlm_dist.check.parts import NotThereError, OfStageError, Parts
 from vlm_dist.config import RunConfig
-from vlm_dist.engine import merge_deepspeed_config
 from vlm_dist.errors import ExitCode, ModelError
 from vlm_dist.model import (
     check_compilation,
@@ -81,16 +81,7 @@ def _files(config: RunConfig) -> Iterator[Finding]:
 
 def _deepspeed(parts: Parts, config: RunConfig, ds_json: dict[str, Any], num_trainable: int) -> Iterator[Finding]:
     """Merge the JSON with what the run says; tell what was derived."""
-    _, derived = merge_deepspeed_config(
-        ds_json,
-        per_device_train_batch_size=config.train.per_device_train_batch_size,
-        bf16=config.train.bf16,
-        fp16=config.train.fp16,
-        max_grad_norm=config.train.max_grad_norm,
-        world_size=parts.world_size,
-        num_nodes=1,
-        num_trainable=num_trainable,
-    )
+    _, derived = merge_for(config, ds_json, parts.world_size, 1, num_trainable)
     yield Finding(
         Level.OK,
         "deepspeed",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from vlm_dist.build.continuation import planned_by
 from vlm_dist.build.data import (
     find_family,
     make_materialisers,
@@ -15,7 +16,6 @@ from vlm_dist.build.data import (
     open_one_source,
 )
 from vlm_dist.build.lengths import make_lengths
-from vlm_dist.checkpoint import CheckpointStore
 from vlm_dist.config import DataSource, Drafted, RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch
 from vlm_dist.data.materialise import Materialiser
@@ -112,10 +112,9 @@ class Parts:
         train = self.config("train").train
 
         def resolve() -> BatchArithmetic:
-            saved = None
-            if train.resume == "auto":
-                latest = CheckpointStore(train.output_dir).latest()
-                saved = latest.info["global_batch_size"] if latest is not None else None
+            config = self.config("train")
+            checkpoint = planned_by(config)
+            saved = checkpoint.info["global_batch_size"] if checkpoint is not None else None
             return resolve_batch(train, self.world_size, saved, allow_idle=True)
 
         return self._told_by("batch", "arithmetic", resolve)
@@ -128,7 +127,9 @@ class Parts:
 
         def make() -> Plan:
             sources = self.sources("train")
-            lengths = make_lengths(config, sources, processor, family, materialise)
+            checkpoint = planned_by(config)
+            planned_with = checkpoint.info["plan"].get("lengths") if checkpoint is not None else None
+            lengths = make_lengths(config, sources, processor, family, materialise, planned_with)
             return make_plan(config, sources, batch, lengths, self.world_size)
 
         return self._told_by("batch", "plan", make)

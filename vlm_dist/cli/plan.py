@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_dist.cli.arguments import Commands, add_run
@@ -68,15 +67,14 @@ def _make(options: argparse.Namespace) -> tuple[Plan, list[Source], list[str]]:
         open_sources_alone,
         plans_by_length,
     )
-    from vlm_dist.checkpoint import CheckpointStore
+    from vlm_dist.build.continuation import planned_by
     from vlm_dist.config import load_run
     from vlm_dist.config.arithmetic import resolve_batch
     from vlm_dist.data.lengths.opening import fact_lengths
 
     config = load_run(options.run, options.overrides)
     sources = open_sources_alone(config, "train")
-    store, resume = CheckpointStore(config.train.output_dir), config.train.resume
-    checkpoint = store.latest() if resume is False or resume == "auto" else store.load(Path(resume))
+    checkpoint = planned_by(config)
     saved = checkpoint.info["global_batch_size"] if checkpoint is not None else None
     batch = resolve_batch(config.train, options.world_size, saved, allow_idle=True)
     if plans_by_length(config):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vlm_dist.cli.arguments import Commands, add_run
+from vlm_dist.cli.pages import add_page, page_of, tell_page
 
 _PAGE = Path("preview.html")
 
@@ -21,9 +22,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--step", type=int, default=None, help="the first step that is looked at, from 0 (0)")
     parser.add_argument("--seed", type=int, default=None, help="draw samples from all steps instead")
     parser.add_argument("--world-size", type=int, default=1, help="ranks of the run (%(default)s)")
-    parser.add_argument("-o", dest="output", type=Path, default=None, metavar="PAGE.html", help=f"page ({_PAGE})")
-    parser.add_argument("--terminal", action="store_true", help="print it here; writes a page only with -o")
-    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    add_page(parser, _PAGE)
     parser.set_defaults(command=preview)
 
 
@@ -33,12 +32,7 @@ def preview(options: argparse.Namespace) -> None:
     from vlm_dist.preview.preview import make_preview
 
     show_messages()
-    path = options.output if options.output is not None else _PAGE
-    writes = options.output is not None or options.open or not options.terminal
-    if writes:
-        from vlm_dist.observability.page import check_place
-
-        check_place(path)
+    path = page_of(options, _PAGE)
     made = make_preview(
         options.run,
         options.overrides,
@@ -52,13 +46,9 @@ def preview(options: argparse.Namespace) -> None:
         from vlm_dist.preview.terminal import print_preview
 
         print_preview(made)
-    if not writes:
+    if path is None:
         return
     from vlm_dist.preview.html import write_page
 
     write_page(made, path)
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-    if options.open:
-        import webbrowser
-
-        webbrowser.open(path.resolve().as_uri())
+    tell_page(path, opens=options.open)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,8 +36,10 @@ from vlm_dist.data.encoding.preconditions import (
 )
 from vlm_dist.data.encoding.template import MessageBuilder
 from vlm_dist.data.lengths.headers import clip_shape, picture_size
-from vlm_dist.data.media.images import Picture, decode_image
-from vlm_dist.data.media.video import Clip, decode_video, repeat_last_frame
+from vlm_dist.data.made_samples import MadeSample, take_room, with_equal_frames
+from vlm_dist.data.media.configured import configured_image, configured_video
+from vlm_dist.data.media.images import Picture
+from vlm_dist.data.media.video import Clip, repeat_last_frame
 from vlm_dist.data.types import (
     IGNORE_INDEX,
     MicroBatch,
@@ -56,22 +58,6 @@ T = TypeVar("T")
 
 #: What no sample can be to blame for: raised, where any other surprise costs the sample alone.
 _OUR_BUGS = (AssertionError, AttributeError, ImportError, NameError, NotImplementedError)
-
-
-@dataclass(slots=True)
-class _Sample:
-    """One sample that is ready to be collated."""
-
-    example: Example
-    origin: SampleOrigin
-    ref: SampleRef
-    num_patches: int = 0
-    num_frames: int | None = None  # of its clips
-    reference: str = ""
-    other_references: tuple[str, ...] = ()
-    was_reduced: bool = False
-    was_cut: bool = False
-    inside: SampleInside | None = None  # for whoever looks; otherwise pictures are not kept until all are there
 
 
 class Materialiser:
@@ -179,23 +165,23 @@ class Materialiser:
         return batch, told
 
     def _compose(
-        self, job: MicroBatchJob, make: Callable[[RawSample, SampleRef, int], _Sample]
-    ) -> tuple[MicroBatch, list[_Sample | NullSlot]]:
+        self, job: MicroBatchJob, make: Callable[[RawSample, SampleRef, int], MadeSample]
+    ) -> tuple[MicroBatch, list[MadeSample | NullSlot]]:
         outcomes = {slot: self._try(job, slot, make) for slot in _working_order(job)}
         progress.between_samples()
-        samples: list[_Sample] = []
+        samples: list[MadeSample] = []
         null_slots: list[NullSlot] = []
         room = PackRoom(job.pack) if job.pack is not None else None
         for slot in range(len(job.refs)):  # the plan's order, whatever the order of work was
             outcome = outcomes[slot]
-            if isinstance(outcome, _Sample) and room is not None:
-                outcome = outcomes[slot] = _take_room(room, outcome)
-            if isinstance(outcome, _Sample):
+            if isinstance(outcome, MadeSample) and room is not None:
+                outcome = outcomes[slot] = take_room(room, outcome)
+            if isinstance(outcome, MadeSample):
                 samples.append(outcome)
             else:
                 null_slots.append(outcome)
         if self._family.equal_frames:
-            samples, unequal = _with_equal_frames(samples)
+            samples, unequal = with_equal_frames(samples)
             null_slots += unequal.values()
             outcomes |= {slot: unequal.get(id(outcome), outcome) for slot, outcome in outcomes.items()}
         examples = [sample.example for sample in samples]
@@ -311,15 +297,17 @@ class Materialiser:
             return None
         return MediaSizes(tuple(filter(None, images)), tuple(filter(None, clips)))
 
-    def _materialise(self, raw: RawSample, ref: SampleRef, step: int) -> _Sample:
+    def _materialise(self, raw: RawSample, ref: SampleRef, step: int) -> MadeSample:
         return self._encode(raw, ref, step)[0]
 
-    def _materialise_in_sight(self, raw: RawSample, ref: SampleRef, step: int) -> _Sample:
+    def _materialise_in_sight(self, raw: RawSample, ref: SampleRef, step: int) -> MadeSample:
         sample, conversation, rendered, fitted = self._encode(raw, ref, step)
         sample.inside = SampleInside.of(raw, ref, conversation, rendered, fitted)
         return sample
 
-    def _encode(self, raw: RawSample, ref: SampleRef, step: int) -> tuple[_Sample, Conversation, RenderedText, Fitted]:
+    def _encode(
+        self, raw: RawSample, ref: SampleRef, step: int
+    ) -> tuple[MadeSample, Conversation, RenderedText, Fitted]:
         conversation, rendered, reference, answer = self._render(raw)
         images = [self._decode_image(image) for image in conversation.images]
         clips = [self._decode_video(video) for video in conversation.videos]
@@ -340,7 +328,7 @@ class Materialiser:
         num_frames = max((len(clip.indices) for clip in fitted.clips), default=None)
         others = self._other_references(raw)
         seen = (num_patches, num_frames, reference, others, fitted.was_reduced, fitted.was_cut)
-        sample = _Sample(example, raw.origin, ref, *seen)
+        sample = MadeSample(example, raw.origin, ref, *seen)
         return sample, conversation, rendered, fitted
 
     def _other_references(self, raw: RawSample) -> tuple[str, ...]:
@@ -349,61 +337,16 @@ class Materialiser:
         return tuple(self._builder.build(one).prompt()[1] for one in self._builder.each_answer(raw.fields)[1:])
 
     def _decode_image(self, media: bytes) -> Picture:
-        settings = self._config.image_processing
-        return decode_image(
-            media,
-            convert_to_rgb=settings.convert_to_rgb,
-            resize_mode=settings.resize_mode,
-            max_size=settings.max_size,
-        )
+        return configured_image(media, self._config)
 
     def _decode_video(self, media: bytes) -> Clip:
-        settings = self._config.video_processing
-        clip = decode_video(
-            media,
-            num_frames=settings.frame_extraction.num_frames,
-            max_duration=settings.file_processing.max_duration,
-            libraries=self._video_libraries,
-            convert_to_rgb=settings.file_processing.convert_to_rgb,
-        )
+        clip = configured_video(media, self._config, self._video_libraries)
         return repeat_last_frame(clip, self._family.min_frames)
 
 
 def _working_order(job: MicroBatchJob) -> list[int]:
     """All slots, suspects first."""
     return sorted(range(len(job.refs)), key=lambda slot: slot not in job.suspects)
-
-
-def _take_room(room: PackRoom, sample: _Sample) -> _Sample | NullSlot:
-    """Give a sample its room in the pack; None is left for a sample that is longer than planned."""
-    try:
-        room.take(sample.example.labels.shape[0], sample.num_patches)
-    except SkipSample as skip:
-        return NullSlot(sample.origin, skip.null_class, skip.message)
-    return sample
-
-
-def _with_equal_frames(samples: Sequence[_Sample]) -> tuple[list[_Sample], dict[int, NullSlot]]:
-    """Leave out the samples whose clips are not as long as those of the first sample that has one.
-
-    The plan puts clips of equal numbers of frames together, by what the files' headers say; a damaged file has fewer.
-
-    Returns:
-        Those that are kept, and the slots of the others by the sample's `id`.
-    """
-    planned = next((sample.num_frames for sample in samples if sample.num_frames), None)
-    kept: list[_Sample] = []
-    left_out: dict[int, NullSlot] = {}
-    for sample in samples:
-        if sample.num_frames in (None, planned):
-            kept.append(sample)
-            continue
-        message = (
-            f"its clip gives {sample.num_frames} frames, the others of its micro-batch {planned}; models of this "
-            "family take clips of one length at a time"
-        )
-        left_out[id(sample)] = NullSlot(sample.origin, "bad_sample", message)
-    return kept, left_out
 
 
 def _in_a_line(error: Exception) -> str:

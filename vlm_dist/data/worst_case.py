@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vlm_dist.data.materialise import Materialiser, _Sample
+from vlm_dist.data.made_samples import MadeSample
+from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.media.images import Picture, as_pil, resize_image
 from vlm_dist.data.media.video import Clip, blank_clip, repeat_last_frame
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, PackBudget, RawSample, SampleOrigin, SampleRef
@@ -53,7 +54,7 @@ class WorstCase(Materialiser):
 
     def __init__(self, columns: Sequence[str], *args: Any, **kwargs: Any) -> None:
         self._rows = _Rows(columns)
-        self._made: dict[int, _Sample] = {}
+        self._made: dict[int, MadeSample] = {}
         super().__init__([self._rows], *args, **kwargs)  # type: ignore[list-item]
 
     def rows(self, count: int) -> MicroBatch:
@@ -146,13 +147,13 @@ class WorstCase(Materialiser):
     def _tokens(self, index: int) -> int:
         return int(self._make(index).example.labels.shape[0])
 
-    def _make(self, index: int) -> _Sample:
+    def _make(self, index: int) -> MadeSample:
         made = self._try(MicroBatchJob(0, 0, (SampleRef(0, index),)), 0, self._materialise)
-        if not isinstance(made, _Sample):
+        if not isinstance(made, MadeSample):
             raise ModelError(f"memory check: the processor cannot make the largest sample: {made.message}")
         return made
 
-    def _materialise(self, raw: RawSample, ref: SampleRef, step: int) -> _Sample:
+    def _materialise(self, raw: RawSample, ref: SampleRef, step: int) -> MadeSample:
         if ref.index not in self._made:  # rows are many, and all alike
             self._made[ref.index] = super()._materialise(raw, ref, step)
         return self._made[ref.index]

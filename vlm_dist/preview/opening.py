@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.build import make_lengths, make_materialisers, make_plan, make_processor, open_sources_alone
-from vlm_dist.checkpoint import CheckpointStore
+from vlm_dist.build.continuation import planned_by
 from vlm_dist.config import RunConfig, load_run
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_batch
 from vlm_dist.data.lengths import LengthModel
@@ -85,8 +85,7 @@ def open_run(run_file: Path, overrides: Sequence[str] = (), world_size: int = 1)
     processor, family = make_processor(config)
     by_purpose = make_materialisers(config, train_sources, eval_sources, processor, family)
     materialise = {name: made for name, made in by_purpose.materialisers.items() if isinstance(made, Materialiser)}
-    store, resume = CheckpointStore(config.train.output_dir), config.train.resume
-    checkpoint = store.latest() if resume is False or resume == "auto" else store.load(Path(resume))
+    checkpoint = planned_by(config)
     saved = checkpoint.info["global_batch_size"] if checkpoint is not None else None
     planned_with = checkpoint.info["plan"].get("lengths") if checkpoint is not None else None
     batch = resolve_batch(config.train, world_size, saved, allow_idle=True)

@@ -63,6 +63,16 @@ def test_the_batch_stage_refuses_a_metric_of_no_source(directory: Path, monkeypa
     assert "did you mean images" in problems(found, "batch")
 
 
+def test_an_output_dir_in_use_is_a_warning(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-7").mkdir()
+    found = examined(directory, monkeypatch, f"train.output_dir={tmp_path}", stages=["batch"])
+    told = [one for one in found.found["batch"] if one.what == "output_dir"]
+    assert [one.level for one in told] == [Level.WARNING] and "earlier run" in told[0].found
+    assert found.exit_code == 0
+    resumed = examined(directory, monkeypatch, f"train.output_dir={tmp_path}", "train.resume=auto", stages=["batch"])
+    assert not [one for one in resumed.found["batch"] if one.what == "output_dir"]
+
+
 def test_a_fault_is_told_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     column = "collator.dataset_columns.image_column=picture"
     found = examined(directory, monkeypatch, column, "data.train.1.path=data/images", stages=["data", "processor"])

@@ -233,8 +233,8 @@ def test_headers_and_text_are_enough(processor: Any, monkeypatch: pytest.MonkeyP
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing needs to be decoded")
 
-    monkeypatch.setattr("vlm_dist.data.materialise.decode_image", fail)
-    monkeypatch.setattr("vlm_dist.data.materialise.decode_video", fail)
+    monkeypatch.setattr("vlm_dist.data.media.configured.decode_image", fail)
+    monkeypatch.setattr("vlm_dist.data.media.configured.decode_video", fail)
     lengths: list[Any] = make.measure(job(0, 1))
     assert all(length.num_tokens <= 200 for length in lengths)
 
