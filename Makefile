@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes chaos cluster
+.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes bench-lora chaos cluster
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-checkpoint: $(STAMP)  ## bytes, stall and time to resume of checkpoints, b
 
 bench-nodes: $(STAMP)  ## bytes on the wire for each stage of ZeRO, and what slow links cost (root; BENCH=quick: two minutes)
 	$(BIN)/python -m tests.bench.nodes $(if $(filter quick,$(BENCH)),--quick)
+
+bench-lora: $(STAMP)  ## a LoRA layer beside PEFT's own (BENCH=quick: seconds)
+	$(BIN)/python -m tests.bench.lora $(if $(filter quick,$(BENCH)),--quick)
 
 format: $(STAMP)  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .

@@ -15,6 +15,7 @@ from torch import nn
 
 from vlm_dist.errors import ModelError
 from vlm_dist.model.full import freeze_all_but, full_parameters, named_modules_to_train
+from vlm_dist.model.fused_lora import fuse_lora
 from vlm_dist.model.gathering import gathered
 from vlm_dist.model.quantization import check_trainable, finish_quantised, is_quantised
 from vlm_dist.model.towers import TOWERS, Towers, find_towers, is_within, tower_of, without_gradient
@@ -64,6 +65,7 @@ def attach_adapter(model: nn.Module, settings: PeftConfig, policy: Mapping[str, 
     _start_from_seed(adapted, seed)
     if any(is_quantised(parameter) for parameter in model.parameters()):
         finish_quantised(adapted, next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    fuse_lora(adapted)
     return adapted
 
 
