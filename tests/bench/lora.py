@@ -117,8 +117,8 @@ def _body(rows: list[str], device: torch.device) -> str:
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            "Ours adds the update with the product that makes it (`vlm_dist/model/fused_lora.py`); PEFT scales and adds",
-            "it in passes over tensors as large as the layer's output.",
+            "Ours adds the update with the product that makes it (`vlm_dist/model/fused_lora.py`); PEFT scales and",
+            "adds it in passes over tensors as large as the layer's output.",
         ]
     )
 
