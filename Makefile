@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes bench-lora chaos cluster
+.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes bench-lora bench-ranks chaos cluster
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
@@ -73,6 +73,33 @@ bench-nodes: $(STAMP)  ## bytes on the wire for each stage of ZeRO, and what slo
 
 bench-lora: $(STAMP)  ## a LoRA layer beside PEFT's own (BENCH=quick: seconds)
 	$(BIN)/python -m tests.bench.lora $(if $(filter quick,$(BENCH)),--quick)
+
+bench-ranks: $(STAMP)  ## how long ranks wait for each other, by batching mode, beside Trainer's samplers (BENCH=quick: a minute)
+	$(BIN)/python -m tests.bench.ranks $(if $(filter quick,$(BENCH)),--quick)
+
+# What GPU machines without a network need beside PyTorch and transformers (docs/gpu.md): for their Python and their glibc.
+WHEELS       := .gpu/wheels
+WHEEL_TARGET := --python-version 3.12 --implementation cp $(addprefix --platform ,$(addsuffix _x86_64,\
+	manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux2010 manylinux1))
+# .venv if it is there, else one that is made of the wheels and a Python with PyTorch (PYTHON=...)
+GPU_PYTHON = "$$($(firstword $(shell command -v python3 python)) -m tests.gpu.environment)"
+
+gpu-wheels: $(STAMP)  ## wheels for GPU machines without a network, into .gpu/wheels
+	rm -rf $(WHEELS) && mkdir -p $(WHEELS)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: $(WHEEL_TARGET) \
+	    --dest $(WHEELS) --requirement tests/gpu/wheels.txt
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+	    --no-build-isolation --wheel-dir $(WHEELS) deepspeed
+	$(BIN)/python -m tests.gpu.carried
+
+gpu-tests:  ## what only a GPU can show (docs/gpu.md), below 10 minutes
+	python=$(GPU_PYTHON) && "$$python" -m pytest tests/gpu tests/engine/test_memory_check.py -m gpu -v $(PYTEST_ARGS)
+
+gpu-2b:  ## Qwen2-VL-2B at true size on a GPU beside TRL and the Hugging Face Trainer, below 10 minutes
+	python=$(GPU_PYTHON) && "$$python" -m tests.bench.gpu 2b
+
+gpu-7b:  ## the same with Qwen2.5-VL-7B
+	python=$(GPU_PYTHON) && "$$python" -m tests.bench.gpu 7b
 
 format: $(STAMP)  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .
