@@ -14,20 +14,28 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / ".bench" / "env"
 PINS = ROOT / "tests" / "bench" / "peers"
 
-#: Loader -> the environment that it runs in.
+#: Loader or trainer -> the environment that it runs in.
 ENVIRONMENT_OF = {
     "webdataset": "webdataset",
     "webdataset_tuned": "webdataset",
     "energon": "energon",
     "streaming": "streaming",
     "hf_datasets": "datasets",
+    "trl_sft": "trl",
+    "llamafactory": "llamafactory",
+    "ms_swift": "ms-swift",
 }
+
+#: Environment -> modules that are imported there without being used.
+STAND_INS = {"llamafactory": ("torchaudio",)}
+LOADERS = ("webdataset", "webdataset_tuned", "energon", "streaming", "hf_datasets")
 
 
 def python_of(loader: str) -> Path:
@@ -36,9 +44,9 @@ def python_of(loader: str) -> Path:
     return Path(sys.executable) if name is None else FOLDER / name / "bin" / "python"
 
 
-def make_environments() -> None:
-    """Make what is missing."""
-    for name in dict.fromkeys(ENVIRONMENT_OF.values()):
+def make_environments(of: Iterable[str] = LOADERS) -> None:
+    """Make what is missing for these loaders or trainers."""
+    for name in dict.fromkeys(ENVIRONMENT_OF[one] for one in of if one in ENVIRONMENT_OF):
         _make(name)
 
 
@@ -59,6 +67,8 @@ def _make(name: str) -> None:
     # the pins are complete; the resolver would install a second torch
     arguments = ["--quiet", "--disable-pip-version-check", "--no-deps", "--ignore-installed", "-r", str(pins)]
     subprocess.run([str(folder / "bin" / "python"), "-m", "pip", "install", *arguments], check=True)
+    for module in STAND_INS.get(name, ()):
+        (packages / f"{module}.py").write_text('"""Has no build for this torch; imported, and not used here."""\n')
     stamp.write_text(wanted)
 
 

@@ -1,0 +1,75 @@
+"""The page docs/benchmarks/training.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.bench.report import Report
+from tests.bench.training.figures import TITLES, Results
+from tests.bench.training.job import Job
+from tests.bench.training.runs import NUM_RANKS, WARM_STEPS
+from tests.bench.training.samples import SCALE
+
+_NAMES = {
+    "mix": "Pictures and texts of many lengths",
+    "equal": "Samples of equal length",
+}
+
+
+def page(found: Mapping[str, Results], report: Report, rounds: int) -> str:
+    """The body of the page."""
+    job = Job("", "", "", "", "", 0)
+    lines = [
+        f"{NUM_RANKS} processes on a CPU, one thread each, float32, ZeRO-{job.zero}: {job.per_device} samples per",
+        f"process and step; LoRA of rank {job.rank} on the language model of a small Qwen2-VL whose head has the share",
+        "of the work that it has in Qwen2-VL-2B, frozen tower, gradient checkpointing on, loss on the answers alone.",
+        "Samples are crops of real photographs, questions and answers, with the lengths of `tests/bench/lengths.py`",
+        f"divided by {SCALE}. Every trainer runs in an environment of its own, as its documents have it (default), and",
+        f"with what it offers for samples of many lengths. Runs take turns, {rounds} rounds; medians. Tokens are real",
+        "ones, context and target, without padding, counted from what the model is given; the first",
+        f"{WARM_STEPS} steps do not count, nor does the one behind a checkpoint.",
+        "",
+    ]
+    for name, results in found.items():
+        lines += [f"## {_NAMES[name]}", "", *_table(results), ""]
+        lines += [f"* {TITLES[way[0]]}, {way[1]}: not measured: {reason}" for way, reason in results.reasons.items()]
+        lines += [""] if results.reasons else []
+    return "\n".join([*lines, *_aims(report)])
+
+
+def _table(results: Results) -> list[str]:
+    lines = [
+        "| trainer | settings | tokens/s | ours, packed / this | memory | imports | first step | first loss "
+        "| checkpoint | stall |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for way in results.runs:
+        ratio = results.ratio(("ours", "packing"), way)
+        values = {name: results.median(way, name) for name in _FORMATS}
+        cells = {name: "-" if values[name] is None else form.format(values[name]) for name, form in _FORMATS.items()}
+        size = values["checkpoint_bytes"]
+        cells["checkpoint_bytes"] = "-" if size is None else f"{size / 1e6:.1f} MB"
+        shown = "-" if ratio is None else f"{ratio:.2f}"
+        first, *others = cells.values()
+        lines.append(f"| {TITLES[way[0]]} | {way[1]} | {first} | {shown} | {' | '.join(others)} |")
+    return lines
+
+
+_FORMATS = {
+    "tokens_per_second": "{:,.0f}",
+    "peak_mib": "{:,.0f} MiB",
+    "import_seconds": "{:.1f} s",
+    "first_step_seconds": "{:.1f} s",
+    "first_loss": "{:.2f}",
+    "checkpoint_bytes": "{:.0f}",
+    "save_seconds": "{:.2f} s",
+}
+
+
+def _aims(report: Report) -> list[str]:
+    lines = ["## Aims", ""]
+    for figure in report.figures:
+        if figure.has_aim:
+            outcome = "met" if figure.is_met else "missed"
+            lines.append(f"* {figure.name}: {figure.ratio:.2f} times (aim {figure.ratio_aim:g}): {outcome}")
+    return lines
