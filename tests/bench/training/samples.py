@@ -33,7 +33,7 @@ class SampleSet:
 
     Attributes:
         name: of the folder.
-        mix: one of `lengths.MIXES`, or "equal": all pictures and texts of one size.
+        mix: one of `lengths.MIXES`; "equal": all pictures and texts of one size; "text": a few words.
         num_samples: of the set.
         max_tokens: longer ones are taken as long as this.
     """
@@ -83,6 +83,8 @@ def make_samples(folder: Path, samples: SampleSet) -> Path:
 def _sizes(samples: SampleSet) -> tuple[Any, Any]:
     if samples.mix == "equal":
         return np.full(samples.num_samples, 512), np.ones(samples.num_samples, dtype=np.int64)
+    if samples.mix == "text":
+        return np.full(samples.num_samples, 32), np.zeros(samples.num_samples, dtype=np.int64)
     tokens, tiles = draw(samples.mix, samples.num_samples, seed=1)
     return np.minimum(tokens // SCALE, samples.max_tokens), tiles
 

@@ -112,8 +112,13 @@ def test_the_run_file_is_a_good_one(tmp_path: Path) -> None:
     made = job(tmp_path)
     (tmp_path / "out").mkdir()
     make_model(tmp_path / "model")
-    path = run_file(made)
-    config = load_run(path, [])
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"image": None, "question": "q", "answer": "a", "tokens": 9}) + "\n"
+    )
+    assert not load_run(run_file(made), []).collator.data_processing.image_data
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "x", "question": "q", "answer": "a", "tokens": 9}) + "\n")
+    config = load_run(run_file(made), [])
+    assert config.collator.data_processing.image_data
     assert config.train.packing and config.train.save_steps == 4 and not config.train.bf16
     assert config.peft.towers.vision == "freeze"
 

@@ -24,7 +24,10 @@ def run_file(job: Job) -> Path:
     folder = Path(job.output)
     stage = {"zero_optimization": {"stage": job.zero}}
     (folder / "zero.json").write_text(json.dumps(stage))
-    question = [{"type": "image"}, {"type": "text", "text": "{question_column}"}]
+    has_images = any(row["image"] for row in job.rows())
+    question = [*([{"type": "image"}] if has_images else []), {"type": "text", "text": "{question_column}"}]
+    source = {"name": "rows", "type": "tar", "path": f"{job.data}/tar"}
+    media = {"image_column": "image"} if has_images else {}
     answer = [{"type": "text", "text": "{answer_column}"}]
     run = {
         "model": job.model,
@@ -33,8 +36,8 @@ def run_file(job: Job) -> Path:
         "overrides": {
             "model": {"loading_params": {"device_map": None, "torch_dtype": "float32"}},
             "collator": {
-                "dataset_columns": {"image_column": "image", "question_column": "question", "answer_column": "answer"},
-                "data_processing": {"image_data": True, "video_data": False},
+                "dataset_columns": {**media, "question_column": "question", "answer_column": "answer"},
+                "data_processing": {"image_data": has_images, "video_data": False},
                 "message_format": {
                     "training_messages": [
                         {"role": "user", "content": question},
@@ -71,7 +74,7 @@ def run_file(job: Job) -> Path:
             },
             "data": {
                 "index_dir": str(folder / "index"),
-                "train": [{"name": "rows", "type": "tar", "path": f"{job.data}/tar", "columns": {"image": "jpg"}}],
+                "train": [source | ({"columns": {"image": "jpg"}} if has_images else {})],
                 "eval": [],
             },
         },
