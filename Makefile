@@ -24,10 +24,11 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes bench-lora bench-ranks chaos cluster
+.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes bench bench-loop bench-lora bench-packing bench-ranks chaos cluster
+.PHONY: gpu-wheels gpu-tests gpu-2b gpu-7b
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*##/  make \1  /p' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with the exact versions of constraints.txt
 
@@ -74,6 +75,9 @@ bench-nodes: $(STAMP)  ## bytes on the wire for each stage of ZeRO, and what slo
 bench-lora: $(STAMP)  ## a LoRA layer beside PEFT's own (BENCH=quick: seconds)
 	$(BIN)/python -m tests.bench.lora $(if $(filter quick,$(BENCH)),--quick)
 
+bench-packing: $(STAMP)  ## a step over packs: attention without a mask, with one, and padded rows (BENCH=quick: under a minute)
+	$(BIN)/python -m tests.bench.packing $(if $(filter quick,$(BENCH)),--quick)
+
 bench-ranks: $(STAMP)  ## how long ranks wait for each other, by batching mode, beside Trainer's samplers (BENCH=quick: a minute)
 	$(BIN)/python -m tests.bench.ranks $(if $(filter quick,$(BENCH)),--quick)
 
@@ -100,6 +104,12 @@ gpu-2b:  ## Qwen2-VL-2B at true size on a GPU beside TRL and the Hugging Face Tr
 
 gpu-7b:  ## the same with Qwen2.5-VL-7B
 	python=$(GPU_PYTHON) && "$$python" -m tests.bench.gpu 7b
+
+bench-loop: $(STAMP)  ## what our loop costs beside DeepSpeed's own three calls (BENCH=quick: two minutes)
+	$(BIN)/python -m tests.bench.loop $(if $(filter quick,$(BENCH)),--quick)
+
+bench: $(STAMP)  ## whole training runs beside the peers, half an hour, environments apart (BENCH=quick: ours and Trainer)
+	$(BIN)/python -m tests.bench.training $(if $(filter quick,$(BENCH)),--quick)
 
 format: $(STAMP)  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .

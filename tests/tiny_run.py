@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 
+from tests.bench.gpu.samples import encode_clip as encode_clip_with_opencv
 from vlm_dist.data.shards.writer import ShardWriter
 from vlm_dist.demo.digits import encode_clip, encode_png
 from vlm_dist.demo.tiny_model import TinyShape, save_tiny_qwen2_vl
@@ -124,6 +126,8 @@ def make_tiny_run(
         shape: of the model.
     """
     save_tiny_qwen2_vl(directory / "model", shape, dtype=dtype)
+    # PyAV, which a GPU machine may lack, writes better clips of a few frames
+    encode = encode_clip if find_spec("av") is not None else encode_clip_with_opencv
     rng = np.random.default_rng(0)
     for name, count in (("images", num_images), ("images-heldout", 5)):
         with ShardWriter(directory / "data" / name, prefix="images", max_samples=16) as writer:
@@ -139,7 +143,7 @@ def make_tiny_run(
             for number in range(count):
                 frames = [rng.integers(0, 255, (56, 56, 3), dtype=np.uint8) for _ in range(8)]
                 text = {"question": "Which digits are shown?", "answer": str(number), "image": None}
-                writer.write({"__key__": f"{number:06d}", "mp4": encode_clip(frames), "json": text})
+                writer.write({"__key__": f"{number:06d}", "mp4": encode(frames), "json": text})
     write_configs(directory, dtype)
     return TinyRun(directory)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -80,6 +79,8 @@ def encode_png(picture: Picture) -> bytes:
 
 def encode_clip(pictures: Sequence[Picture]) -> bytes:
     """Encode an h264 mp4 that shows one picture after the other, FRAMES_PER_DIGIT frames each."""
+    import av  # of the extra vlm-dist[demo]; the rest of this module does without
+
     stream = io.BytesIO()
     with av.open(stream, mode="w", format="mp4") as container:
         video = container.add_stream("libx264", rate=Fraction(FRAMES_PER_SECOND), options={"crf": "18", "threads": "1"})
