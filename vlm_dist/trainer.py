@@ -14,7 +14,7 @@ from vlm_dist.data.feed import FeedStep, StepFeed
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.distributed.signals import AskedToStop, describe_stop
-from vlm_dist.engine import Engine, NonfiniteSteps, StepOutcome
+from vlm_dist.engine import Engine, GarbageCollection, NonfiniteSteps, StepOutcome
 from vlm_dist.errors import DataError, DivergedError
 from vlm_dist.meter import Meter, StepTally
 from vlm_dist.observability.log import MetricLog
@@ -69,6 +69,7 @@ class Trainer:
         profiling: a context around each step.
         meter: measures the steps; None: one that knows nothing of the model and the sources.
         owed: what of `start` is still to be done.
+        garbage: collects Python's reference cycles; None: Python does as it likes.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Trainer:
         profiling: Profiles = unprofiled,
         meter: Meter | None = None,
         owed: Owed = NOTHING_OWED,
+        garbage: GarbageCollection | None = None,
     ) -> None:
         self.engine = engine
         self.feed = feed
@@ -107,6 +109,7 @@ class Trainer:
         self.profiling = profiling
         self.meter = meter or Meter(ranks, cadence, log, engine.device, start=start)
         self.nonfinite = nonfinite or NonfiniteSteps("skip", 10, ranks, log.message)
+        self.garbage = garbage or GarbageCollection(0)
         self.position = start
         self._has_targets = start > 0  # a resumed run has had some before
         self._owed = owed
@@ -125,7 +128,8 @@ class Trainer:
             ConfigError: memory ran out on this rank.
         """
         try:
-            return self._run()
+            with self.garbage:
+                return self._run()
         except AskedToStop as asked:  # by all ranks, in the midst of an evaluation
             self.log.message(f"{asked}: the evaluation at step {self.position} is given up; saving, then stopping")
             self._save_and_wait()
@@ -160,6 +164,7 @@ class Trainer:
             self.position = fetched.plan.step + 1
             self.ranks.progress.at("reporting", self.position)
             self.meter.report(self.position)
+            self.garbage.step_done(self.position)
             if self.cadence.due(self.position, self.cadence.save_steps):
                 self._save()  # first: an evaluation can outlast the grace period of a job that is asked to stop
             if self.cadence.due(self.position, self.cadence.eval_steps):
@@ -217,7 +222,8 @@ class Trainer:
             return
         self._evaluated_at = self.position
         self.ranks.progress.at("evaluation")
-        with self.meter.pause("evaluation"), self.explaining(f"evaluation at step {self.position}"):
+        explaining = self.explaining(f"evaluation at step {self.position}")
+        with self.meter.pause("evaluation"), self.garbage.left_to_python(), explaining:
             figures = dict(self.evaluator.run(self.position))
         self.log.log_eval(self.position, figures)
         self.saver.evaluated(self.position, figures)

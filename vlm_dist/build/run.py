@@ -56,7 +56,13 @@ from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks, init_process_groups, shut_down
 from vlm_dist.distributed.patience import long_work
 from vlm_dist.distributed.signals import AskedToStop, StopRequest
-from vlm_dist.engine import NonfiniteSteps, load_deepspeed_json, prepare_deepspeed, prepare_native_ops
+from vlm_dist.engine import (
+    GarbageCollection,
+    NonfiniteSteps,
+    load_deepspeed_json,
+    prepare_deepspeed,
+    prepare_native_ops,
+)
 from vlm_dist.errors import ExitCode
 from vlm_dist.model import check_compilation, check_quantization, prepare_checkpoint, tower_namer, try_compiler
 from vlm_dist.observability.log import MetricLog
@@ -286,6 +292,7 @@ def run_parts(config: RunConfig, ranks: Ranks, life: RunLife | None = None) -> I
                 profiling=profiling,
                 meter=meter,
                 owed=owed,
+                garbage=GarbageCollection(train_config.gc_steps),
                 ledger=ledger,
                 nonfinite=NonfiniteSteps(
                     train_config.nonfinite_steps,

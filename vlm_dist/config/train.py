@@ -197,6 +197,7 @@ class TrainConfig(Section):
     hang_timeout_minutes: Annotated[PositiveNumber, Field(le=MAX_HANG_MINUTES)] = (
         20  # no phase of a step may take longer: the ranks end, with stacks
     )
+    gc_steps: Annotated[int, Field(ge=0)] = 50  # steps between two garbage collections of Python; 0: as it likes
     debug_collectives: bool = False  # the ranks compare every collective before they enter it
     sample_ledger: bool = False  # output_dir/ledger: the samples of each applied step
 

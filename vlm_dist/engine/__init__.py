@@ -3,6 +3,7 @@
 from vlm_dist.engine.deepspeed_json import load_deepspeed_json
 from vlm_dist.engine.device_time import DeviceTimer
 from vlm_dist.engine.engine import Engine
+from vlm_dist.engine.garbage_collection import GarbageCollection
 from vlm_dist.engine.merge import DerivedValue, merge_deepspeed_config
 from vlm_dist.engine.native_ops import prepare_native_ops
 from vlm_dist.engine.nonfinite import NonfiniteSteps
@@ -16,6 +17,7 @@ __all__ = [
     "DerivedValue",
     "DeviceTimer",
     "Engine",
+    "GarbageCollection",
     "NamedState",
     "NonfiniteSteps",
     "ParameterSlice",
