@@ -51,17 +51,24 @@ def test_packed_on_two_ranks_is_padded_on_two_ranks(run: TinyRun, padded: Path) 
     finished = train(run, "packed", *SETTINGS, *PACKED, processes=2)
     same_training(run, "packed")
     assert "packs of up to 512 tokens" in finished.output
+    told = "attention: varlen: samples of a pack, and pictures in the vision tower, each over itself, by SDPA sample"
+    assert told in finished.output
     assert "lengths of samples: estimated" in finished.output
     records = [(run.metrics(name)[0]) for name in ("packed", "padded")]
     assert records[0]["num_target_tokens"] == records[1]["num_target_tokens"]
 
 
 def test_counted_lengths_and_small_packs_change_nothing_either(run: TinyRun, padded: Path) -> None:
-    """One rank, packs of a few samples, lengths that were counted; then on with the other ranks of the checkpoint."""
+    """One rank, packs of a few samples, lengths that were counted; then on with the other ranks of the checkpoint.
+
+    Samples are told apart by a mask here.
+    """
     counted = run.command(["vlm-dist", "shards", "tokens", str(run.config), "--workers", "0"])
     assert counted.exit_code == 0, counted.output
-    small = (*SETTINGS, *PACKED, "train.pack_max_tokens=120", "train.gradient_accumulation_steps=4")
+    masked = "model.loading_params.attn_implementation=sdpa"
+    small = (*SETTINGS, *PACKED, masked, "train.pack_max_tokens=120", "train.gradient_accumulation_steps=4")
     finished = train(run, "small", *small, "train.stop_at_step=2")
     assert "lengths of samples: counted" in finished.output
+    assert "attention: varlen" not in finished.output
     train(run, "small", *small, "train.resume=auto", processes=2)
     same_training(run, "small")

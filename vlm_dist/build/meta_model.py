@@ -10,10 +10,13 @@ import torch
 from vlm_dist.config import RunConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.model import attach_adapter, parse_dtype, run_frozen_towers_without_graph
+from vlm_dist.model.attention.choice import choose_attention
+from vlm_dist.model.attention.names import VARLEN
 from vlm_dist.model.checkpoint_files import read_json
 from vlm_dist.model.conversion import converter_of, native_directory
 from vlm_dist.model.patch_embedding import use_matrix_products
 from vlm_dist.model.registry import resolve_class
+from vlm_dist.model.towers import find_towers
 
 
 def meta_model(config: RunConfig) -> Any:
@@ -63,11 +66,23 @@ def _without_weights(model_class: Any, model_id: str, config: RunConfig, revisio
             model = make(facts, **arguments)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{config.model_id}: it cannot be made from its config.json alone: {error}") from error
-    if loading.attn_implementation is not None:
-        model.config._attn_implementation_internal = loading.attn_implementation
+    _name_attention(model, loading.attn_implementation)
+    choose_attention(
+        model, loading.attn_implementation, is_packed=config.train.packing, is_compiled=config.train.torch_compile
+    )
     return model
+
+
+def _name_attention(model: Any, implementation: str | None) -> None:
+    """What the figures go by, where it cannot be set here."""
+    if implementation is None or implementation == VARLEN:
+        return
+    vision = [model.get_submodule(root) for root in find_towers(model)["vision"]]
+    for config in (model.config, model.config.get_text_config(), *(getattr(one, "config", None) for one in vision)):
+        if config is not None:
+            config._attn_implementation_internal = implementation
 
 
 def _on_any_machine(implementation: str) -> str:
     """Flash attention cannot be asked for without a GPU; what it does is known without it."""
-    return "sdpa" if "flash" in implementation else implementation
+    return "sdpa" if "flash" in implementation or implementation == VARLEN else implementation

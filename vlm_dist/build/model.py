@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from vlm_dist.config import RunConfig
 from vlm_dist.distributed.failures import agree_on_failure
 from vlm_dist.distributed.group import Ranks
@@ -23,6 +25,8 @@ from vlm_dist.model import (
     run_frozen_towers_without_graph,
     tower_table,
 )
+from vlm_dist.model.attention.choice import attention_of, choose_attention, describe_varlen
+from vlm_dist.model.attention.names import VARLEN
 
 
 def make_model(
@@ -56,8 +60,11 @@ def make_model(
     loading |= quantization_arguments(config.peft.quantization, parse_dtype(train.precision))
     with zero_init_context(ds_config):
         model: Any = load_model(config.model_id, config.model_entry, loading, dtype=train.precision)
+        attention = _attention(model, config)
         num_rows = make_room_for_tokens(model, processor.new_token_ids, train.seed)
         model = attach_adapter(model, config.peft, towers, seed=train.seed)
+    if attention is not None:
+        report(f"attention: {attention}")
     run_frozen_towers_without_graph(model)
     if train.gradient_checkpointing:
         recomputed = enable_gradient_checkpointing(model, **train.gradient_checkpointing_policy.model_dump())
@@ -77,3 +84,16 @@ def make_model(
                 processor.save_pretrained(train.output_dir / "processor")
             (train.output_dir / "trained_modules.txt").write_text(describe_trained(model), encoding="utf-8")
     return model, table[-1].num_trainable
+
+
+def _attention(model: Any, config: RunConfig) -> str | None:
+    """Set the attention of packs; a line about it, where it has any choice."""
+    train = config.train
+    wanted = config.model.loading_for(config.model_id).attn_implementation
+    reason = choose_attention(model, wanted, is_packed=train.packing, is_compiled=train.torch_compile)
+    if reason is not None:
+        return f"{attention_of(model)[0]}, with a mask between the samples of a pack ({reason})"
+    if attention_of(model)[0] != VARLEN:
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return describe_varlen(model, device, parse_dtype(train.precision))

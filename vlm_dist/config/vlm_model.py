@@ -15,7 +15,7 @@ from vlm_dist.errors import ConfigError
 
 TorchDtype = Literal["torch.bfloat16", "bfloat16", "torch.float16", "float16", "torch.float32", "float32"]
 
-_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+_ATTENTION = ("sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def _check_attention(value: str | None) -> str | None:

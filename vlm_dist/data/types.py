@@ -201,7 +201,7 @@ class MicroBatch:
     Attributes:
         inputs: keyword arguments of the model's forward, without labels: `input_ids [B, T]`, `attention_mask [B, T]`,
             visual tensors as the family has them. A pack has B = 1, `position_ids` that begin again with each sample,
-            and no attention mask.
+            no attention mask, and its borders: `cu_seq_lens` int32 [segments + 1], `max_seq_len` a number.
         labels: [B, T] int64; `label_masking.ignore_index` marks tokens without loss. Column 0 is always so, so that
             the number of targets is the same before and after the shift by one.
         num_target_tokens: labels that carry loss.
@@ -214,7 +214,7 @@ class MicroBatch:
     """
 
     job: MicroBatchJob
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     labels: Tensor
     num_samples: int
     num_target_tokens: int

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vlm_dist.model.attention.choice import attention_of
 from vlm_dist.model.checkpointing import base_model, block_names
 from vlm_dist.model.flop_parts import _SECOND, Attention, Product, model_parts
 
@@ -53,7 +54,7 @@ def block_bytes(
         element_bytes: of an activation.
         dropout: of LoRA; above 0 each adapter keeps a copy of its input, and which elements were dropped.
         dropped_bytes: of the latter, for each element: 1 on GPUs, as many as an activation's on CPUs.
-        has_mask: whether rows are padded or packed, and attention is given a mask.
+        has_mask: whether attention is given a mask: rows are padded, or packed where borders do not do.
         parts: of the model, if somebody has them: products and attentions, as a `FlopModel` does.
     """
     base = base_model(model)
@@ -86,7 +87,7 @@ class _Reader:
         self._dropout = dropout
         self._dropped = dropped_bytes
         self._has_mask = has_mask
-        self._attention = getattr(base.config, "_attn_implementation", None) or "eager"
+        self._attention = attention_of(base)[0] or "eager"
 
     def read(self, block: str, products: list[Product], attentions: Mapping[str, Attention]) -> BlockBytes:
         made = BlockBytes(products[0].tower)

@@ -41,7 +41,7 @@ class BatchShape:
         text = self.text
         segments = text.segments * max(1, int(factor))
         squares = text.computed_squares * (factor**2 if self.is_packed else factor)
-        grown = TextTokens(int(text.real * factor), int(text.computed * factor), segments, squares)
+        grown = TextTokens(int(text.real * factor), int(text.computed * factor), segments, squares, text.is_packed)
         visual = VisualTokens(
             {name: count * factor for name, count in self.visual.streams.items()},
             {name: count * factor for name, count in self.visual.squares.items()},

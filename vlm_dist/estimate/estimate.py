@@ -219,7 +219,7 @@ class _Rows:
             blocks = block_bytes(self.model, size, dropout, parts=parts)
         head = next((p for p in counter.products if p.tower == "head"), None)
         pixels = next((p for p in counter.products if p.stream == "pixels"), None)
-        kept = Activations(blocks, head, pixels, self.weights.element_bytes)
+        kept = Activations(blocks, head, pixels, self.weights.element_bytes, counter.packs_need_mask)
         return [self._row(variant, kept, counter) for variant in variants]
 
     def with_some_blocks(self, rows: Sequence[Row]) -> list[Row]:

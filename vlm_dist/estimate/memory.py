@@ -137,12 +137,14 @@ class Activations:
         head: its product.
         pixels: the product that reads pixels; None without a vision tower.
         element_bytes: of an activation.
+        packs_need_mask: whether attention tells the samples of a pack apart by a mask.
     """
 
     blocks: Sequence[BlockBytes]
     head: Product | None
     pixels: Product | None
     element_bytes: int
+    packs_need_mask: bool = True
 
     def at(self, shape: BatchShape) -> tuple[str, dict[str, float]]:
         """The worst moment, and its bytes: "activations" (language), "vision activations" and "logits and loss".
@@ -158,7 +160,7 @@ class Activations:
         passing = 0.0
         for block in self.blocks:
             tower = "language" if block.tower == "language" else "vision"
-            whole = _bytes(block.kept, streams) + (block.scores if shape.has_mask else 0.0) * pairs
+            whole = _bytes(block.kept, streams) + (block.scores if self._has_mask(shape) else 0.0) * pairs
             if block.is_recomputed and block.has_graph:
                 saved[tower] += _bytes(block.kept_again, streams)
                 again[tower] = max(again[tower], whole)
@@ -194,6 +196,9 @@ class Activations:
         }
         return name, found | {"framework": FRAMEWORK_BYTES + PIECES_SHARE * sum(found.values())}
 
+    def _has_mask(self, shape: BatchShape) -> bool:
+        return self.packs_need_mask if shape.is_packed else shape.has_mask
+
     def _inputs(self, shape: BatchShape, streams: Mapping[str, float]) -> float:
         """Pixels, in float32."""
         return 0.0 if self.pixels is None else 4.0 * self.pixels.in_features * streams.get("pixels", 0.0)
@@ -205,7 +210,7 @@ class Activations:
     def _rows(self, shape: BatchShape) -> float:
         """Embeddings, twice, as pictures are put into them; and the mask."""
         width = 0 if self.head is None else self.head.in_features
-        mask = shape.text.computed_squares if shape.has_mask else 0.0
+        mask = shape.text.computed_squares if self._has_mask(shape) else 0.0
         return 2.0 * self.element_bytes * width * shape.text.computed + mask
 
     def _rows_of_head(self, shape: BatchShape) -> float:

@@ -128,7 +128,7 @@ def _assumed(config: RunConfig, sources: list[Any], family: Family, layout: Visu
             patches = min(patches, budget.max_patches * (1 + budget.headroom))
         visual = visual_of(patches, samples, layout)
     segments = (length // samples,) * samples
-    text = TextTokens(sum(segments), length, segments, float(length) ** 2)
+    text = TextTokens(sum(segments), length, segments, float(length) ** 2, budget is not None)
     return BatchShape(1, samples, text, visual, length, budget is not None)
 
 
@@ -156,7 +156,7 @@ def _typical(plan: Plan, world_size: int, family: Family, layout: VisualLayout) 
     segments = (max(1, round(tokens / samples)),) * max(1, round(samples))
     squares = computed**2 if is_pack else computed**2 / samples
     visible = patches / family.patches_per_token
-    text = TextTokens(round(tokens), round(computed), segments, squares)
+    text = TextTokens(round(tokens), round(computed), segments, squares, is_pack)
     shape = BatchShape(
         1 if is_pack else samples, samples, text, visual_of(patches, samples, layout), round(max(1, tokens - visible)),
         is_pack, computed > tokens * 1.001,

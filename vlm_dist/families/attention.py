@@ -7,7 +7,7 @@ from vlm_dist.families.family import Family
 
 
 def check_attention(family: Family, implementation: str | None) -> None:
-    """Refuse flash attention where it would drop part of a family's mask, without a word.
+    """Refuse attention without a mask where a family's mask says more than where samples end.
 
     Args:
         family: of the model.
@@ -16,9 +16,15 @@ def check_attention(family: Family, implementation: str | None) -> None:
     Raises:
         ConfigError: with the reason.
     """
-    if implementation is None or "flash" not in implementation or family.flash_refusal is None:
+    if implementation is None:
         return
-    raise ConfigError(
-        f"loading_params.attn_implementation: {implementation} is wrong for models of the family {family.name}: "
-        f"{family.flash_refusal}; set it to null"
-    )
+    reason = None
+    if implementation == "varlen" and family.packing is None:
+        reason = family.packing_refusal
+    elif "flash" in implementation:
+        reason = family.flash_refusal
+    if reason is not None:
+        raise ConfigError(
+            f"loading_params.attn_implementation: {implementation} is wrong for models of the family {family.name}: "
+            f"{reason}; set it to null"
+        )

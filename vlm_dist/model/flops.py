@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_dist.model.attention.choice import attention_of
+from vlm_dist.model.attention.names import CU_SEQ_LENS, VARLEN
 from vlm_dist.model.checkpointing import base_model
 from vlm_dist.model.flop_parts import Attention, Product, model_parts
 from vlm_dist.model.visual_tokens import VisualTokens, visual_layout
@@ -29,7 +31,8 @@ class Flops:
         model: what the samples need: without padding, without what is computed again, attention over each sample's
             own tokens alone and, where a token sees only those before it, half of the square.
         hardware: what is computed: with padding, with what gradient checkpointing and the loss compute again, and with
-            the whole square of a row where the attention masks instead of leaving out.
+            the whole square of a row where the attention masks instead of leaving out (variable-length attention leaves
+            out what is between the samples of a pack, flash attention padding, too).
     """
 
     model: float
@@ -47,13 +50,15 @@ class TextTokens:
         real: without padding.
         computed: with padding.
         segments: length of each sample (of each row where samples are not packed), without padding.
-        computed_squares: sum of squares of what attention computes: each row's length with padding.
+        computed_squares: sum of the squares of the rows' lengths, with padding: what attention with a mask computes.
+        is_packed: samples share a row.
     """
 
     real: int
     computed: int
     segments: tuple[int, ...]
     computed_squares: float
+    is_packed: bool = False
 
 
 class FlopModel:
@@ -63,7 +68,8 @@ class FlopModel:
         products: matrix products of the model, per token.
         attentions: attention of its layers.
         layout: how many patches a picture has.
-        implementation: of attention.
+        implementation: of the language model's attention.
+        of_pictures: of the vision tower's.
         ignore_index: marks positions without a label.
     """
 
@@ -74,11 +80,14 @@ class FlopModel:
         layout: Any,
         implementation: str | None,
         ignore_index: int,
+        of_pictures: str | None = None,
     ) -> None:
         self.products = products
         self.attentions = attentions
         self._layout = layout
-        self._is_flash = "flash" in (implementation or "")
+        self._leaves_padding_out = "flash" in (implementation or "")
+        self._leaves_others_out = self._leaves_padding_out or implementation == VARLEN
+        self._leaves_pictures_out = "flash" in (of_pictures or "")
         self._fused = implementation != "eager"
         self._ignore_index = ignore_index
         self._model: dict[str, float] = defaultdict(float)  # stream -> operations per token
@@ -95,6 +104,11 @@ class FlopModel:
             sums[0] += forward + _BACKWARD * backward
             sums[1] += forward + (_FUSED_BACKWARD if self._fused else _BACKWARD) * backward + again
 
+    @property
+    def packs_need_mask(self) -> bool:
+        """Whether attention is told by a mask what not to see of a pack."""
+        return not self._leaves_others_out
+
     @classmethod
     def of(cls, model: Any, ignore_index: int = -100) -> FlopModel:
         """Read a model's layers: what they are, what is trained, what is computed again.
@@ -107,9 +121,8 @@ class FlopModel:
         """
         base = base_model(model)
         products, attentions = model_parts(base)
-        return cls(
-            products, attentions, visual_layout(base), getattr(base.config, "_attn_implementation", None), ignore_index
-        )
+        language, vision = attention_of(base)
+        return cls(products, attentions, visual_layout(base), language, ignore_index, vision)
 
     def count(self, inputs: Mapping[str, Any], labels: Any) -> Flops:
         """Operations of a micro-batch, forward and backward.
@@ -140,10 +153,11 @@ class FlopModel:
             if kind == "causal":
                 pairs = _causal_pairs(text.segments, window)
                 model += per_model * pairs
-                hardware += per_hardware * (pairs if self._is_flash else text.computed_squares)
+                is_exact = self._leaves_others_out if text.is_packed else self._leaves_padding_out
+                hardware += per_hardware * (pairs if is_exact else text.computed_squares)
             else:
                 model += per_model * visual.squares.get(kind, 0.0)
-                dense = visual.dense_squares if not self._is_flash else None
+                dense = visual.dense_squares if not self._leaves_pictures_out else None
                 hardware += per_hardware * (visual.squares.get(kind, 0.0) if dense is None else dense)
         return Flops(float(model), float(hardware))
 
@@ -152,22 +166,18 @@ def text_tokens(inputs: Mapping[str, Any], labels: Any) -> TextTokens:
     """Tokens of the language model, and the samples that they belong to.
 
     Args:
-        inputs: of the model; padded rows have an `attention_mask` [B, T], packed ones `position_ids` [1, T] or
-            [4, 1, T] that begin again with each sample.
+        inputs: of the model; padded rows have an `attention_mask` [B, T], packed ones `cu_seq_lens` [segments + 1].
         labels: [B, T].
     """
     rows, length = labels.shape
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    mask, borders = inputs.get("attention_mask"), inputs.get(CU_SEQ_LENS)
     if mask is not None and mask.dim() == 2:
         segments = tuple(int(count) for count in mask.sum(1).tolist())
-    elif positions is not None:
-        places = positions[0] if positions.dim() == 3 else positions
-        starts = (places.flatten() == 0).nonzero().flatten().tolist()
-        ends = [*starts[1:], rows * length]
-        segments = tuple(end - start for start, end in zip(starts, ends, strict=True)) or (length,) * rows
+    elif borders is not None:
+        segments = tuple(borders.diff().tolist())
     else:
         segments = (length,) * rows
-    return TextTokens(sum(segments), rows * length, segments, float(rows) * length**2)
+    return TextTokens(sum(segments), rows * length, segments, float(rows) * length**2, borders is not None)
 
 
 def _causal_pairs(segments: tuple[int, ...], window: int | None) -> float:

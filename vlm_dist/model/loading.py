@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from vlm_dist.errors import ConfigError, ModelError
+from vlm_dist.model.attention.borders import install
+from vlm_dist.model.attention.choice import use_varlen
+from vlm_dist.model.attention.names import VARLEN
 from vlm_dist.model.checkpoint_files import check_json_files, fetch_weights, native_class_name, read_json
 from vlm_dist.model.class_checks import (
     check_is_model,
@@ -153,6 +156,9 @@ def load_model(
     model_id, revision, model_class = found.source, found.revision, found.loaded_by
     check_model_type(model_class, model_id, entry, revision)
     rest = {key: value for key, value in params.items() if key not in _OWN_KEYS}
+    is_varlen = rest.get("attn_implementation") == VARLEN
+    if is_varlen:
+        rest["attn_implementation"] = "sdpa"  # of what has no borders
     remote = is_remote(model_class)
     if remote:
         rest.setdefault("attn_implementation", default_attention(model_class))
@@ -175,6 +181,9 @@ def load_model(
         tame(model)
     _switch_cache_off(model)
     use_matrix_products(model)
+    install(model)
+    if is_varlen:
+        use_varlen(model)
     loaded: nn.Module = model
     return loaded
 

@@ -67,8 +67,8 @@ _CHECKED = {
     "model.model_classes.<id>.loading_params": "as the common ones",
     "model.model_classes.<id>.processor_params": "as the common ones",
     "model.model_classes.<id>.family": "text, facts, `null`",
-    "model.loading_params.attn_implementation": "`sdpa`, `eager`, `flash_attention_2`, `flash_attention_3`, "
-    "`flex_attention`, `null`",
+    "model.loading_params.attn_implementation": "`sdpa`, `eager`, `varlen`, `flash_attention_2`, "
+    "`flash_attention_3`, `flex_attention`, `null`",
     "train.max_steps": "`-1`, integer ≥ 1",
     "train.stop_at_step": "share < 1, or steps; `null`",
     "train.logging_steps": "share < 1, or steps; 0",
@@ -173,6 +173,7 @@ EXAMPLES: dict[str, str] = {
     "train.profile.num_steps": "5",
     "train.profile.ranks": "[0, 1]",
     "train.hang_timeout_minutes": "60",
+    "train.gc_steps": "0",
     "peft.task_type": "CAUSAL_LM",
     "peft.r": "32",
     "peft.target_modules": "[q_proj, v_proj]",

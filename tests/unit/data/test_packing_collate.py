@@ -14,6 +14,8 @@ from tests.unit.families.zoo import CHECKPOINTS
 from vlm_dist.data.encoding.packing import check_packing
 from vlm_dist.data.materialise import Materialiser
 from vlm_dist.data.types import IGNORE_INDEX, MicroBatchJob, PackBudget, SampleRef
+from vlm_dist.data.workers.process import pack as to_be_sent
+from vlm_dist.data.workers.process import unpack
 from vlm_dist.errors import ConfigError
 from vlm_dist.families import FAMILIES, GENERIC, Family, family_for
 from vlm_dist.loss import token_loss_sum
@@ -131,9 +133,16 @@ def test_a_leak_would_be_seen(packed: Packed) -> None:
 def test_every_segment_begins_at_0_and_without_a_label(packed: Packed) -> None:
     batch = packed.job(*packed.rows, pack=ROOM)
     assert "attention_mask" not in batch.inputs
+    ends = batch.inputs["cu_seq_lens"]
+    assert ends.dtype == torch.int32 and int(ends[-1]) == batch.num_computed_tokens
+    assert batch.inputs["max_seq_len"] == int(ends.diff().max()) and type(batch.inputs["max_seq_len"]) is int
+    arrived = unpack(pickle.loads(pickle.dumps(to_be_sent(batch))))  # as it comes from a worker
+    assert torch.equal(arrived.inputs["cu_seq_lens"], ends)
+    assert type(arrived.inputs["max_seq_len"]) is int and arrived.inputs.keys() == batch.inputs.keys()
     places = batch.inputs["position_ids"].reshape(-1, batch.num_computed_tokens)[0]
     starts = (places == 0).nonzero().flatten()
     lengths = [packed.job(row).num_tokens for row in packed.rows]
+    assert torch.equal(starts.int(), ends[:-1])
     assert starts[: len(lengths)].tolist() == [sum(lengths[:i]) for i in range(len(lengths))]
     assert (batch.labels[0, starts] == IGNORE_INDEX).all()
     targets = [packed.job(row).num_target_tokens for row in packed.rows]

@@ -5,6 +5,7 @@ FILE holds `{name: {key: value}}`; what was seen is printed as one line of JSON 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -28,13 +29,18 @@ from vlm_dist.engine import Engine, prepare_deepspeed
 
 @contextmanager
 def watched(ahead: int) -> Iterator[dict[str, Any]]:
-    """Note the jobs of the pool, and during the first update the processes and the furthest job.
+    """Note the jobs of the pool, the collections of Python, and in the first update the processes and the furthest job.
 
     Args:
         ahead: steps that should be prefetched by then.
     """
-    seen: dict[str, Any] = {"jobs": [], "outcomes": []}
+    seen: dict[str, Any] = {"jobs": [], "outcomes": [], "collects": [], "full_collections": []}
     submit, step = WorkerPool.submit, Engine.step
+    num_full = 0
+
+    def count(phase: str, about: dict[str, int]) -> None:
+        nonlocal num_full
+        num_full += phase == "start" and about["generation"] == 2
 
     def furthest_step(wanted: int) -> int:
         """Wait until a step is asked for, and a moment more for those that should not be."""
@@ -54,14 +60,18 @@ def watched(ahead: int) -> Iterator[dict[str, Any]]:
         if "num_processes" not in seen:
             seen["furthest_step"] = furthest_step(ahead)
             seen["num_processes"] = len(psutil.Process().children(recursive=True))
+        seen["collects"].append(gc.isenabled())
+        seen["full_collections"].append(num_full)
         outcome = step(engine)
         seen["outcomes"].append((outcome.learning_rate, outcome.grad_norm))
         return outcome
 
     WorkerPool.submit, Engine.step = watched_submit, watched_step  # type: ignore[method-assign]
+    gc.callbacks.append(count)
     try:
         yield seen
     finally:
+        gc.callbacks.remove(count)
         WorkerPool.submit, Engine.step = submit, step  # type: ignore[method-assign]
 
 

@@ -119,6 +119,8 @@ def test_attention_is_the_one_that_is_named(project: Project) -> None:
         assert load(project, {key: name}).config._attn_implementation == name
     own = entry(loading_params={"attn_implementation": "eager"}) | {key: "sdpa"}
     assert load(project, own).config._attn_implementation == "eager"
+    assert load(project, {key: "varlen"}).config.get_text_config()._attn_implementation == "varlen"
+    assert "varlen is for packs, and packing is false" in "\n".join(project.config({key: "varlen"}).notices)
 
 
 @pytest.fixture

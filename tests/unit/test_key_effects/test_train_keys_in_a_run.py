@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -44,8 +45,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"train.torch_compile": True, "train.torch_compile_backend": "aot_eager"},
     "traced": {"train.torch_compile": True, "train.torch_compile_backend": "eager"},
     "bf16": {"train.bf16": True, "model.loading_params.torch_dtype": "bfloat16"},
-    "one_worker": {"train.dataloader_num_workers": 1, "train.dataloader_prefetch_factor": 1, "train.max_steps": 6},
-    "two_workers": {"train.dataloader_num_workers": 2, "train.dataloader_prefetch_factor": 4, "train.max_steps": 6},
+    "one_worker": {
+        "train.dataloader_num_workers": 1,
+        "train.dataloader_prefetch_factor": 1,
+        "train.max_steps": 6,
+        "train.gc_steps": 2,
+    },
+    "two_workers": {
+        "train.dataloader_num_workers": 2,
+        "train.dataloader_prefetch_factor": 4,
+        "train.max_steps": 6,
+        "train.gc_steps": 0,
+    },
     "eval_by_two": {"train.per_device_eval_batch_size": 2, "train.eval_steps": 2},
     "eval_by_five": {"train.per_device_eval_batch_size": 5, "train.eval_steps": 2},
     "other_label": {"collator.label_masking.ignore_index": -7, "train.eval_steps": 2},
@@ -145,6 +156,15 @@ def test_answers_end_where_they_are_to(tiny_run: TinyRun) -> None:
     assert all(verbose.startswith(brief) for brief, verbose in pairs)
     assert sum(len(brief) < len(verbose) for brief, verbose in pairs) > 4
     assert not (tiny_run.directory / "probe-eval_by_two" / "predictions").exists()
+
+
+@shows("train.gc_steps")
+def test_python_collects_garbage_every_so_many_steps_and_with_0_as_it_likes(seen: dict[str, Any]) -> None:
+    every_two = seen["one_worker"]
+    between = [after - before for before, after in itertools.pairwise(every_two["full_collections"])]
+    assert [count > 0 for count in between] == [False, True, False, True, False]
+    assert set(every_two["collects"]) == {False}
+    assert set(seen["two_workers"]["collects"]) == {True}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from vlm_dist.config.laws.collator import check_media, check_messages, check_pro
 from vlm_dist.config.laws.data import check_sources
 from vlm_dist.config.laws.finding import Draft, Finding
 from vlm_dist.config.laws.model import (
+    check_attention,
     check_compilation,
     check_known_model,
     check_placement,
@@ -47,6 +48,7 @@ def findings(draft: Draft) -> Iterator[Finding]:
     yield from check_lengths(draft.train, draft.data)
     yield from check_workers(draft.train, draft.data, draft.collator)
     yield from check_reporting(draft.train)
+    yield from check_attention(draft)
     yield from check_compilation(draft)
     yield from check_towers(draft.peft)
     yield from check_sources(draft.data)

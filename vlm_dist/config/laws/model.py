@@ -69,6 +69,21 @@ def check_placement(draft: Draft) -> Iterator[Finding]:
             yield Finding((*path, "revision"), message, also=(("model_id",),), is_notice=True)
 
 
+def check_attention(draft: Draft) -> Iterator[Finding]:
+    """Attention for packs, where nothing is packed."""
+    try:
+        loading = draft.model.loading_for(draft.model_id) if draft.model_id else draft.model.loading_params
+    except ConfigError:  # the unknown model is a finding of its own
+        return
+    if loading.attn_implementation == "varlen" and not draft.train.packing:
+        path: KeyPath = ("model", "loading_params", "attn_implementation")
+        message = (
+            "varlen is for packs, and packing is false: padded rows are computed as with sdpa, only a vision tower "
+            "that is told where its pictures end has it"
+        )
+        yield Finding(path, message, also=(("train", "packing"),), is_notice=True)
+
+
 def check_compilation(draft: Draft) -> Iterator[Finding]:
     """What a block that is to be one graph cannot have in it. ZeRO's stage is in another file."""
     compiled: KeyPath = ("train", "torch_compile")
@@ -82,10 +97,11 @@ def check_compilation(draft: Draft) -> Iterator[Finding]:
     except ConfigError:  # the unknown model is a finding of its own
         return
     attention = loading.attn_implementation
-    if attention not in (None, "sdpa", "eager"):
+    if attention not in (None, "sdpa", "eager", "varlen"):
         message = (
             f"got true beside attn_implementation: {attention}, with which no block has been shown to be one graph "
-            "(flash attention looks at the mask to find the padding); set attn_implementation to sdpa, or this to false"
+            "(flash attention looks at the mask to find the padding); set attn_implementation to sdpa or varlen, or "
+            "this to false"
         )
         yield Finding(compiled, message, also=(("model", "loading_params", "attn_implementation"),))
 

@@ -1,14 +1,17 @@
 """Several samples in one row, one after the other, none of which sees another.
 
-A packed row has no attention mask: the attention implementations of transformers find the samples by their positions,
-which begin again at 0 with each of them. They look for that only where there is neither a mask nor a key-value cache:
-with `use_cache` on, samples would see those before them, without a word.
+A packed row has no attention mask. The borders of its samples go with it, for attention that works by them
+(`vlm_dist.model.attention`). Other implementations of transformers find the samples by their positions, which begin
+again at 0 with each of them. They look for that only where there is neither a mask nor a key-value cache: with
+`use_cache` on, samples would see those before them, without a word.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from vlm_dist.data.types import IGNORE_INDEX, PackBudget
 from vlm_dist.errors import ConfigError, SkipSample
 from vlm_dist.families import Family
 
-# Shapes: T tokens of the row, t tokens of one sample
+# Shapes: T tokens of the row, t tokens of one sample, N segments
 
 #: Numbers the tokens of one sample as its model does: tokens [t] each, visual tensors -> int64 [3, t].
 RopePositions = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
@@ -39,7 +42,7 @@ def check_packing(family: Family) -> None:
 
 def pack(
     examples: Sequence[Example], family: Family, rope_positions: RopePositions | None = None
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """Put samples into one row.
 
     Args:
@@ -49,20 +52,37 @@ def pack(
 
     Returns:
         Inputs of the model (`input_ids [1, T]` and the like, `position_ids` [1, T], or [4, 1, T] for "mrope": the
-        place in the sample, then the model's own three; visual tensors, joined; no attention mask), and labels [1, T],
-        of which the first of each segment is always `IGNORE_INDEX`.
+        place in the sample, then the model's own three; visual tensors, joined; no attention mask; see `borders` for
+        the rest), and labels [1, T], of which the first of each segment is always `IGNORE_INDEX`.
     """
     keys = dict.fromkeys(key for example in examples for key in example.tokens if key != "attention_mask")
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Any] = {}
     for key in keys:
         inputs[key] = torch.cat([tokens_of(example, key, family) for example in examples]).unsqueeze(0)
     inputs["position_ids"] = torch.cat([_positions(example, family, rope_positions) for example in examples], dim=-1)
     for key in dict.fromkeys(key for example in examples for key in example.visual):
         inputs[key] = join_visual([example.visual[key] for example in examples if key in example.visual])
     labels = torch.cat([example.labels for example in examples])
-    starts = torch.tensor([0, *(example.labels.shape[0] for example in examples[:-1])]).cumsum(0)
-    labels[starts] = IGNORE_INDEX
+    inputs |= borders(examples)
+    labels[inputs["cu_seq_lens"][:-1].long()] = IGNORE_INDEX
     return inputs, labels.unsqueeze(0)
+
+
+def borders(examples: Sequence[Example]) -> dict[str, Any]:
+    """Where samples begin and end, told on the host so that nobody has to ask a device.
+
+    Args:
+        examples: the N segments of a row.
+
+    Returns:
+        `cu_seq_lens`: int32 [N + 1], where each segment begins and the last one ends; `max_seq_len`: the longest, a
+        plain number.
+    """
+    lengths = [example.labels.shape[0] for example in examples]
+    return {
+        "cu_seq_lens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "max_seq_len": max(lengths),
+    }
 
 
 def _positions(example: Example, family: Family, rope_positions: RopePositions | None) -> Tensor:

@@ -20,6 +20,8 @@ from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 
+from torch import Tensor
+
 from vlm_dist.data.types import MicroBatch, MicroBatchJob
 from vlm_dist.data.workers.allocator import keep_freed_memory
 from vlm_dist.data.workers.case import Case, Loss
@@ -338,5 +340,5 @@ class PoolJob:
 
 def pin(batch: MicroBatch) -> MicroBatch:
     """Copy the tensors of a micro-batch into page-locked memory."""
-    inputs = {name: tensor.pin_memory() for name, tensor in batch.inputs.items()}
+    inputs = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
     return replace(batch, inputs=inputs, labels=batch.labels.pin_memory())

@@ -110,7 +110,7 @@ def _make(materialise: Materialise, job: MicroBatchJob) -> Any:
 
 def pack(batch: MicroBatch) -> Any:
     """Turn a micro-batch into something whose arrays pickle can leave out."""
-    arrays = {name: _to_array(tensor) for name, tensor in batch.inputs.items()}
+    arrays = {name: _to_array(value) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
     return arrays, _to_array(batch.labels), replace(batch, inputs={}, labels=torch.empty(0))
 
 
@@ -119,7 +119,7 @@ def unpack(content: Any) -> MicroBatch:
     if isinstance(content, Exception):
         raise content
     arrays, labels, batch = content
-    inputs = {name: _to_tensor(array) for name, array in arrays.items()}
+    inputs = {name: _to_tensor(value) if isinstance(value, tuple) else value for name, value in arrays.items()}
     unpacked: MicroBatch = replace(batch, inputs=inputs, labels=_to_tensor(labels))
     return unpacked
 
