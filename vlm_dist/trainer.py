@@ -199,12 +199,14 @@ class Trainer:
         is_lost = False
         if num_targets:
             self._has_targets = True
-            for micro_batch in fetched.micro_batches:
+            for micro_batch, following in fetched.in_order():
                 seed_micro_batch(self.seed, micro_batch.job.step, micro_batch.job.micro_batch)
                 with self.explaining(f"step {fetched.plan.step + 1}", micro_batch):
                     self.ranks.progress.at("forward", samples=micro_batch.origins)
                     with tally.forward(micro_batch) as groups:
                         micro_loss = self.engine.loss(micro_batch.inputs, micro_batch.labels, self.ignore_index, groups)
+                    if (ahead := following()) is not None:
+                        self.engine.copy_ahead(ahead.inputs)
                     self.ranks.progress.at("backward", samples=micro_batch.origins)
                     self.engine.backward(micro_loss, num_targets)
                 tally.losses.append(micro_loss.detach())

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.engine import tiny
 from tests.gpu.conftest import needs_gpu
+from vlm_dist.engine.transfer import Transfer
 from vlm_dist.loss.labelled import LabelledHead
 from vlm_dist.model import compile_blocks, enable_gradient_checkpointing, run_frozen_towers_without_graph
 from vlm_dist.model.flops import FlopModel
@@ -154,3 +155,25 @@ def test_a_copy_of_pinned_memory_does_not_wait() -> None:
     torch.cuda.synchronize()
     assert queued < 5 * busy, "the copy has waited for the device"
     assert torch.equal(moved.cpu(), batch)
+
+
+@needs_gpu
+def test_what_is_copied_ahead_is_what_is_taken() -> None:
+    """Made by one stream, used by another, while its memory is asked for by others, too."""
+    transfer = Transfer.to(CUDA, torch.bfloat16)
+    square = torch.randn(4096, 4096, device=CUDA)
+    for number in range(5):
+        given = {
+            "pixel_values": torch.randn(1 << 22).pin_memory(),
+            "input_ids": torch.arange(8).unsqueeze(0).pin_memory(),
+            "max_seq_len": number,
+        }
+        transfer.begin(given)
+        for _ in range(10):
+            square @ square
+        moved = transfer.take(given)
+        kept = moved["pixel_values"].clone()
+        assert moved["max_seq_len"] == number and moved["input_ids"].is_cuda
+        del moved
+        torch.full((1 << 22,), torch.nan, device=CUDA, dtype=torch.bfloat16)
+        assert torch.equal(kept.cpu(), given["pixel_values"].bfloat16())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from vlm_dist.data.error_budget import ErrorBudget
+from vlm_dist.data.feed import FeedStep
 from vlm_dist.data.types import MicroBatch, MicroBatchJob, StepPlan
 from vlm_dist.distributed.agreement import StepAgreement
 from vlm_dist.distributed.progress import Progress
@@ -39,6 +40,7 @@ class Engine:
         self.calls: list[str] = []
         self.num_targets: list[int] = []
         self.noise: list[float] = []
+        self.ahead: list[tuple[int, int]] = []  # calls before, and of which inputs
 
     def loss(
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, ignore_index: int, groups: Any = None
@@ -46,6 +48,9 @@ class Engine:
         self.calls.append("loss")
         self.noise.append(float(torch.rand(())))
         return token_loss_sum(torch.zeros(1, 4, 8, requires_grad=True), labels, ignore_index)
+
+    def copy_ahead(self, inputs: dict[str, torch.Tensor]) -> None:
+        self.ahead.append((len(self.calls), id(inputs)))
 
     def backward(self, loss_sum: torch.Tensor, num_target_tokens: int) -> None:
         self.calls.append("backward")
@@ -121,7 +126,7 @@ def feed(start: int, stop: int, *, events: dict[int, dict[str, int]] | None = No
         verdict = StepAgreement(FIELDS).vote(step, counts).wait()
         error = DataError("disk gone") if counts.get("fetch_error") else None
         plan = StepPlan(step, (step + 1) / 10, ())
-        yield SimpleNamespace(
+        yield FeedStep(
             plan=plan,
             micro_batches=batches,
             verdict=verdict,
@@ -313,3 +318,15 @@ def test_whatever_ends_the_run_waits_for_what_is_being_written(ranks: Any, event
     with contextlib.suppress(DataError):
         trainer.run()
     assert trainer.saver.finished == [7 if event else 10]  # type: ignore[attr-defined]
+
+
+def test_what_comes_next_is_copied_while_the_forward_runs(ranks: Any) -> None:
+    steps = list(feed(0, 2))
+    first, second = steps
+    steps[0] = replace(first, next_ready=lambda: second.micro_batches[0])
+    trainer, engine, _, _ = make(ranks, steps, num_steps=2)
+    trainer.run()
+    assert engine.calls == ["loss", "backward", "loss", "backward", "step"] * 2
+    inputs = [id(batch.inputs) for step in (first, second) for batch in step.micro_batches]
+    # behind each forward and before its backward; nothing is ready behind the last
+    assert engine.ahead == [(1, inputs[1]), (3, inputs[2]), (6, inputs[3])]

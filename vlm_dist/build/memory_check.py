@@ -278,6 +278,7 @@ def check_memory(engine: Engine, guard: MemoryGuard, ranks: Ranks, make: Callabl
         torch.manual_seed(seed)
         with guard.explaining("memory check before the first step, forward", batch):
             loss = engine.loss(batch.inputs, batch.labels, guard.config.collator.label_masking.ignore_index)
+        engine.copy_ahead(dict(batch.inputs))  # as the one behind it will be
         with guard.explaining("memory check before the first step, backward", batch):
             engine.backward(loss, max(1, batch.num_target_tokens) * engine.world_size)
         with guard.explaining("memory check before the first step, optimizer step"):

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vlm_dist.data.error_budget import BAD_CLASSES, ErrorBudget, Overdrawn
 from vlm_dist.data.lookahead import Lookahead
@@ -50,6 +51,7 @@ class FeedStep:
         error: why this rank could not make its micro-batches, where it could not.
         overdrawn: with this step too many samples of all ranks were unusable; the same on all ranks.
         bad_samples: this rank's first few unusable samples of the last steps, where the budget is overdrawn.
+        next_ready: gives the first micro-batch of the step that comes next, if it is there already.
     """
 
     plan: StepPlan
@@ -60,6 +62,15 @@ class FeedStep:
     overdrawn: Overdrawn | None = None
     bad_samples: Sequence[str] = ()
     fetch_seconds: float = 0.0
+    next_ready: Callable[[], MicroBatch | None] = lambda: None
+
+    def in_order(self) -> Iterator[tuple[MicroBatch, Callable[[], MicroBatch | None]]]:
+        """Each micro-batch, and what tells the one behind it, in this step or the next, as far as it is there."""
+        for number, micro_batch in enumerate(self.micro_batches, 1):
+            if number == len(self.micro_batches):
+                yield micro_batch, self.next_ready
+            else:
+                yield micro_batch, partial(self.micro_batches.__getitem__, number)
 
 
 @dataclass(slots=True)
@@ -132,6 +143,7 @@ class StepFeed:
         self._lost_seconds: deque[float] = deque(maxlen=self._num_ahead)  # of the last steps
         self._room = threading.Semaphore(self._num_ahead)
         self._ready: queue.SimpleQueue[_Fetched | Exception | None] = queue.SimpleQueue()
+        self._seen: list[_Fetched | Exception | None] = []  # taken from the queue to be looked at, at most one
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._ended = False
@@ -172,6 +184,7 @@ class StepFeed:
             overdrawn,
             tuple(self._last_bad) if overdrawn else (),
             own,
+            self._next_ready,
         )
 
     def close(self) -> None:
@@ -200,11 +213,21 @@ class StepFeed:
         if self._thread is None:
             self._thread = threading.Thread(target=self._prefetch, name="step-feed", daemon=True)
             self._thread.start()
-        item = self._ready.get()
+        item = self._seen.pop() if self._seen else self._ready.get()
         self._room.release()
         if isinstance(item, Exception):
             raise item
         return item
+
+    def _next_ready(self) -> MicroBatch | None:
+        """The first micro-batch of the next step, without waiting for it."""
+        if not self._seen:
+            try:
+                self._seen.append(self._ready.get_nowait())
+            except queue.Empty:
+                return None
+        item = self._seen[0]
+        return item.micro_batches[0] if isinstance(item, _Fetched) and item.micro_batches else None
 
     def _prefetch(self) -> None:
         """Run in the thread: keep `prefetch_steps` steps either at the workers or ready."""

@@ -31,6 +31,7 @@ from vlm_dist.engine.secondary_shards import check_nothing_stale, check_secondar
 from vlm_dist.engine.slices import ReadElements, SlicedState
 from vlm_dist.engine.trainable_names import compute_dtype_of, trainable_names
 from vlm_dist.engine.trainable_state import TrainableState
+from vlm_dist.engine.transfer import Transfer
 from vlm_dist.engine.zero_buffers import forget_gradients, forget_kept_gradients, round_masters_into_weights
 from vlm_dist.engine.zero_init import release_zero_init
 from vlm_dist.errors import CheckpointError, ConfigError
@@ -85,6 +86,7 @@ class Engine:
         self._resharder = Resharder(partitions, self._optimizer, control_group)
         self._inspector = GradientInspector(self._zero, self.zero_stage, partitions, dist.get_rank(control_group))
         self._checkpoint_hook = CheckpointHook(deepspeed_engine)
+        self._transfer = Transfer.to(self.device, self.compute_dtype)
         self.forward_timer = DeviceTimer(self.device)
         if self.zero_stage == 3:
             leave_out_gathering(self._zero, self.forward_timer)
@@ -202,7 +204,15 @@ class Engine:
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:
         # no cache: transformers looks for the samples of a packed row only where there is none
-        return self._deepspeed(**{name: self._to_device(value) for name, value in inputs.items()}, use_cache=False)
+        return self._deepspeed(**self._transfer.take(inputs), use_cache=False)
+
+    def copy_ahead(self, inputs: Mapping[str, Any]) -> None:
+        """Begin to copy what `loss` or `forward` will be given next to the device, while it computes.
+
+        Args:
+            inputs: the very object that will be given.
+        """
+        self._transfer.begin(inputs)
 
     def backward(self, loss_sum: Tensor, num_target_tokens: int) -> None:
         """Add one micro-batch to the gradient. Collective: every rank calls this equally often.
@@ -263,6 +273,7 @@ class Engine:
         )
         num_updates = self._num_updates
         yield
+        self._transfer.forget()
         if self._resharder.step() == num_updates:  # not finite, or float16's scale was too large
             self._resharder.create_moments(num_updates)
         snapshot.put_back()
@@ -394,9 +405,3 @@ class Engine:
         """float16 only."""
         scaler = getattr(self._zero, "loss_scaler", None)
         return scaler if scaler is not None and scaler.dynamic else None
-
-    def _to_device(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        dtype = self.compute_dtype if value.is_floating_point() else value.dtype
-        return value.to(device=self.device, dtype=dtype, non_blocking=True)

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,6 +68,22 @@ def test_every_step_once_and_in_order(num_workers):
     assert steps[1].verdict.total["null_decode"] == 1
     assert steps[5].verdict.total["null_tail"] == 2
     assert all(step.data_wait_seconds >= 0 and step.error is None for step in steps)
+
+
+def test_the_next_step_can_be_seen_before_it_is_asked_for():
+    with make_feed(Maker(), 2) as feed:
+        steps = []
+        for step in feed:
+            deadline = time.monotonic() + 20
+            while step.next_ready() is None and step.plan.step < 5 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            steps.append((step, step.next_ready(), step.next_ready()))
+    assert [step.plan.step for step, *_ in steps] == list(range(6))
+    for (_, seen, again), (following, *_) in pairwise(steps):
+        assert seen is following.micro_batches[0] and again is seen
+    assert steps[-1][1] is None
+    with make_feed(Maker(), 0) as feed:
+        assert all(step.next_ready() is None for step in feed)  # nobody makes it
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
