@@ -148,8 +148,18 @@ class _Stand(nn.Module):
         return getattr(self.__dict__["_head"], name)
 
 
+def is_computed_again(weight_is_trained: bool, dtype: torch.dtype) -> bool:
+    """Whether the backward computes chunks of logits once more.
+
+    The gradient of what a frozen head reads is a multiple of what is known in the forward: nothing is computed again.
+    Not so in float16, where it would lose its smallest parts before it is scaled, nor where the weight is trained: its
+    gradient is as large as the weight.
+    """
+    return weight_is_trained or dtype == torch.float16
+
+
 class _HeadLossSum(torch.autograd.Function):
-    """Linear layer, changes of each logit, and cross-entropy; chunks of logits are computed again in the backward."""
+    """Linear layer, changes of each logit, and cross-entropy, over chunks of logits (see `is_computed_again`)."""
 
     @staticmethod
     def forward(
@@ -162,11 +172,15 @@ class _HeadLossSum(torch.autograd.Function):
         chunk: int,
         groups: TokenGroups | None,
     ) -> Tensor:
+        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        ctx.is_ready = wants_rows and not is_computed_again(wants_weight or wants_bias, rows.dtype)
+        grad_rows = torch.empty_like(rows) if ctx.is_ready else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         normalisers = torch.empty(targets.shape, dtype=torch.float32, device=rows.device)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(rows[part], weight, bias)
+            raw = F.linear(rows[part], weight, bias)
+            logits = raw
             for change in changes:
                 logits = change(logits)
             logits = logits.float()
@@ -175,14 +189,25 @@ class _HeadLossSum(torch.autograd.Function):
             total += losses.sum()
             if groups is not None:
                 groups.add(losses, start)
+            if grad_rows is not None:
+                del logits
+                grad_rows[part] = _logit_gradient(raw, changes, targets[part], normaliser) @ weight
             normalisers[part] = normaliser
-        ctx.save_for_backward(rows, weight, bias, targets, normalisers)
+        if grad_rows is not None:
+            ctx.save_for_backward(grad_rows)
+        else:
+            ctx.save_for_backward(rows, weight, bias, targets, normalisers)
         ctx.changes, ctx.chunk = changes, chunk
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_ready:
+            (grad_rows,) = ctx.saved_tensors
+            # in float32: a rounded factor would scale the whole gradient
+            grad_rows = grad_rows.float().mul_(grad_output).to(grad_rows.dtype)
+            return grad_rows, None, None, None, None, None, None
         rows, weight, bias, targets, normalisers = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_rows = torch.zeros_like(rows) if wants_rows else None
@@ -212,9 +237,9 @@ class _HeadLossSum(torch.autograd.Function):
 
 
 def _logit_gradient(
-    logits: Tensor, changes: Sequence[Change], targets: Tensor, normalisers: Tensor, grad_output: Tensor
+    logits: Tensor, changes: Sequence[Change], targets: Tensor, normalisers: Tensor, grad_output: Tensor | None = None
 ) -> Tensor:
-    """Gradient of a chunk's loss with respect to what the linear layer gave, in its dtype."""
+    """Gradient of a chunk's loss with respect to what the linear layer gave, in its dtype; times `grad_output`."""
     if not changes:
         return _softmax_gradient(logits, targets, normalisers, grad_output)
     with torch.enable_grad():
@@ -226,11 +251,11 @@ def _logit_gradient(
     return torch.autograd.grad(last, first, gradient)[0]
 
 
-def _softmax_gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, grad_output: Tensor) -> Tensor:
+def _softmax_gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, grad_output: Tensor | None) -> Tensor:
     part = logits.float()
     # float() of float32 is the tensor itself, which may still be needed
     part = part.sub_(normalisers.unsqueeze(-1)) if part is not logits else part - normalisers.unsqueeze(-1)
     part.exp_()
     index = targets.unsqueeze(-1)
     part.scatter_add_(-1, index, torch.full_like(index, -1, dtype=part.dtype))
-    return part.mul_(grad_output).to(logits.dtype)
+    return (part if grad_output is None else part.mul_(grad_output)).to(logits.dtype)

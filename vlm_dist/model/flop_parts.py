@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlm_dist.model.checkpointing import block_names
@@ -194,8 +195,10 @@ class _Walk:
             layer.name, stream, layer.tower, float(inputs) * outputs, has_input_gradient, trained, again,
             outputs, inputs,
         )  # fmt: skip
-        if layer.tower == "head":  # chunks of logits are computed again in the backward
-            made = replace(made, has_input_gradient=True, is_recomputed=stream == "head")
+        if layer.tower == "head":
+            # as vlm_dist.loss.labelled has it, which is another room
+            again = stream == "head" and (trained or layer.core.weight.dtype == torch.float16)
+            made = replace(made, has_input_gradient=True, is_recomputed=again)
         self._products.append(made)
         if not hasattr(layer.module, "lora_A"):
             return
