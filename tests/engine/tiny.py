@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from vlm_dist.engine import Engine, merge_deepspeed_config, zero_init_context
-from vlm_dist.loss import token_loss_sum
+from vlm_dist.loss import LabelledHead, token_loss_sum
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -160,6 +160,7 @@ def plain_loop(
             {"params": [m for name, m in masters.items() if "lora_A" not in name], "weight_decay": 0.0},
         ]
     )
+    head = LabelledHead(model)
     losses, norms = [], []
     for index, batches in enumerate(steps):
         for group in optimizer.param_groups:
@@ -170,7 +171,11 @@ def plain_loop(
             master.grad = torch.zeros_like(master)
         for inputs, labels in batches:
             inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-            loss = token_loss_sum(model(**inputs).logits, labels) / total
+            if dtype == torch.float32:
+                loss = token_loss_sum(model(**inputs).logits, labels) / total
+            else:  # rounded at the same places as in the engine, which a tiny model's norms need
+                with head.giving_loss(labels, -100):
+                    loss = model(**inputs)["loss"] / total
             loss.backward()
             losses[-1] += float(loss.detach())
             for name, weight in weights.items():
