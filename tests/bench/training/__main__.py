@@ -13,14 +13,26 @@ from pathlib import Path
 
 from tests.bench.data.environments import ROOT, make_environments
 from tests.bench.report import Report, write_page
-from tests.bench.training.figures import OURS, SETTINGS, Results, run_rounds, ways
+from tests.bench.training.figures import (
+    OURS,
+    RESUMED,
+    SETTINGS,
+    Results,
+    Resumptions,
+    resume_all,
+    run_rounds,
+    ways,
+)
 from tests.bench.training.job import Job
 from tests.bench.training.page import page
-from tests.bench.training.samples import EQUAL, MIX, make_samples
+from tests.bench.training.runs import NUM_RANKS
+from tests.bench.training.samples import EQUAL, MANY, MIX, make_many, make_samples
 
 FOLDER = ROOT / ".bench" / "training"
-AIM_DEFAULT, AIM_BEST, AIM_EQUAL = 2.0, 1.15, 1.1
-NUM_STEPS, SAVE_AT, ROUNDS, DEADLINE_SECONDS = 14, 9, 2, 240.0
+AIM_DEFAULT, AIM_BEST, AIM_EQUAL, AIM_RESUME = 2.0, 1.15, 1.1, 5.0
+NUM_STEPS, SAVE_AT, ROUNDS = 9, 6, 2
+#: Of a run; of each of the two runs of a resumption.
+DEADLINE_SECONDS, RESUME_SECONDS = 240.0, 150.0
 
 
 def main() -> int:
@@ -42,12 +54,16 @@ def main() -> int:
     found: dict[str, Results] = {}
     for samples in (MIX, EQUAL):
         data = make_samples(FOLDER, samples)
-        num_steps, save_at = (NUM_STEPS, SAVE_AT) if samples is MIX else (NUM_STEPS - 4, 0)
+        num_steps, save_at = (NUM_STEPS, SAVE_AT) if samples is MIX else (NUM_STEPS - 2, 0)
         job = Job("", "", str(data), str(data / "model"), "", num_steps, save_at=save_at)
         asked = ways(trainers, only_default=samples is EQUAL or options.quick)
         for results in run_rounds(job, asked, rounds, DEADLINE_SECONDS, FOLDER):
             found[samples.name] = results
         _report(report, samples.name, found[samples.name], trainers)
+    job = Job("", "", str(make_many(FOLDER, FOLDER / MIX.name)), str(FOLDER / MIX.name / "model"), "", 0)
+    middle = MANY // (2 * NUM_RANKS * job.per_device)
+    resumed = resume_all(job, [way for way in RESUMED if way[0] in trainers], middle, RESUME_SECONDS, FOLDER)
+    _report_resumed(report, resumed)
     report.summarise()
     if not found["mix"].runs.get((OURS, "packing")):
         print(f"bench: ours could not be measured: {found['mix'].reasons}", file=sys.stderr)
@@ -55,7 +71,7 @@ def main() -> int:
     whole = not (options.quick or options.trainers or options.rounds)
     path = options.page or (ROOT / "docs" / "benchmarks" / "training.md" if whole else FOLDER / "training.md")
     packages = ("torch", "transformers", "peft", "deepspeed", "vlm-dist")
-    write_page(path, "Training beside the peers", "make bench", packages, page(found, report, rounds))
+    write_page(path, "Training beside the peers", "make bench", packages, page(found, resumed, report, rounds))
     print(f"wrote {path}", file=sys.stderr)
     return 0
 
@@ -87,6 +103,24 @@ def _report(report: Report, name: str, results: Results, trainers: tuple[str, ..
                 peer_value=results.median(way, "tokens_per_second"),
                 ratio=ratio,
                 ratio_aim=aim,
+            )
+
+
+def _report_resumed(report: Report, resumed: Resumptions) -> None:
+    for way, one in resumed.found.items():
+        report.add(f"resume/{'/'.join(way)}/import_seconds", one.import_seconds, "s")
+        report.add(f"resume/{'/'.join(way)}/first_step_seconds", one.first_step_seconds, "s")
+    ours = resumed.found.get((OURS, "packing"))
+    for way, one in resumed.found.items():
+        if ours is not None and way[0] != OURS:
+            report.add(
+                f"resume/packing beside {' '.join(way)}",
+                ours.first_step_seconds,
+                "s",
+                peer=way[0],
+                peer_value=one.first_step_seconds,
+                ratio=one.first_step_seconds / ours.first_step_seconds,
+                ratio_aim=AIM_RESUME,
             )
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.bench.training.job import Job
-from tests.bench.training.runs import Run, RunError, run_job
+from tests.bench.training.runs import OURS, Resumed, Run, RunError, resume_job, run_job
 
-OURS = "ours"
+Way = tuple[str, str]  # trainer, settings
+
 #: Trainer -> the settings that are tried; the first is what its documents begin with, the others what they offer for
 #: samples of many lengths.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -20,6 +21,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "llamafactory": ("default", "group_by_length", "neat_packing"),
     "ms_swift": ("default", "group_by_length", "packing"),
 }
+#: The ways that are resumed: each trainer's first, and rows that are streamed, as where they are too many for a list.
+RESUMED: tuple[Way, ...] = (
+    *((trainer, settings[0]) for trainer, settings in SETTINGS.items()),
+    ("hf_trainer", "streaming"),
+)
 TITLES = {
     OURS: "vlm-dist",
     "hf_trainer": "Hugging Face Trainer",
@@ -27,8 +33,6 @@ TITLES = {
     "llamafactory": "LLaMA-Factory",
     "ms_swift": "ms-swift",
 }
-
-Way = tuple[str, str]  # trainer, settings
 
 
 @dataclass
@@ -91,3 +95,29 @@ def run_rounds(job: Job, asked: list[Way], rounds: int, deadline_seconds: float,
                 results.reasons[way] = str(error)
                 results.runs.pop(way, None)
             yield results
+
+
+@dataclass
+class Resumptions:
+    """Of one set of samples.
+
+    Attributes:
+        found: way -> how long it took.
+        reasons: way -> why it failed.
+    """
+
+    found: dict[Way, Resumed] = field(default_factory=dict)
+    reasons: dict[Way, str] = field(default_factory=dict)
+
+
+def resume_all(job: Job, asked: list[Way], at: int, deadline_seconds: float, folder: Path) -> Resumptions:
+    """Resume each way once at step `at`; arguments as for `run_rounds`, the deadline of each of two runs."""
+    results = Resumptions()
+    for way in asked:
+        name = "-".join(way)
+        one = replace(job, trainer=way[0], settings=way[1], output=str(folder / f"resume-{name}"))
+        try:
+            results.found[way] = resume_job(one, at, deadline_seconds, folder / f"resume-{name}.log")
+        except RunError as error:
+            results.reasons[way] = str(error)
+    return results

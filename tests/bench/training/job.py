@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ class Job:
         zero: stage.
         workers: processes of the loader.
         save_at: step after which a checkpoint is written; 0: none.
+        pretended: what the checkpoint is to say instead, for a run that others resume; 0: what it is.
+        resumed_at: step of the checkpoint in the output folder that the run goes on from; 0: it starts anew.
         rank: LoRA's.
         alpha: LoRA's.
         learning_rate: constant.
@@ -53,6 +57,8 @@ class Job:
     zero: int = 2
     workers: int = 0
     save_at: int = 0
+    pretended: int = 0
+    resumed_at: int = 0
     rank: int = 16
     alpha: int = 32
     learning_rate: float = 1e-4
@@ -78,13 +84,35 @@ class Job:
             "zero_allow_untested_optimizer": True,
         }
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """The samples: `image` (a path, or None), `question`, `answer`, `tokens` (as the trainers see them)."""
-        lines = (Path(self.data) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        for row in rows:
-            row["image"] = row["image"] and str(Path(self.data) / row["image"])
-        return rows
+        with (Path(self.data) / "rows.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                yield row | {"image": row["image"] and str(Path(self.data) / row["image"])}
+
+    def samples_file(self, as_wanted: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+        """JSON lines in the form that a trainer wants, written once: by the first rank that comes, of the first run."""
+        path = Path(self.output) / "samples.jsonl"
+        if not path.exists():
+            mine = path.with_name(f"samples-{os.getpid()}.jsonl")
+            with mine.open("w", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(as_wanted(row)) + "\n" for row in self.rows())
+            with suppress(FileExistsError):
+                os.link(mine, path)  # datasets know a file by its time: it must not be replaced
+            mine.unlink()
+        return path
+
+    def pack_tokens(self) -> int:
+        """Of a pack that holds as many tokens as `per_device` samples do, and every sample; a multiple of 8."""
+        lengths = [row["tokens"] for row in self.rows()]
+        return -(-max(*lengths, round(self.per_device * sum(lengths) / len(lengths))) // 8) * 8
+
+    def checkpoint(self) -> str | None:
+        """Where the run of a peer goes on from; None: nowhere."""
+        if not self.resumed_at:
+            return None
+        return str(next((Path(self.output) / "run").rglob(f"checkpoint-{self.resumed_at}")))
 
 
 class Clock:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tests.bench.report import Report
-from tests.bench.training.figures import TITLES, Results
+from tests.bench.training.figures import TITLES, Results, Resumptions
 from tests.bench.training.job import Job
 from tests.bench.training.runs import NUM_RANKS, WARM_STEPS
-from tests.bench.training.samples import SCALE
+from tests.bench.training.samples import MANY, SCALE
 
 _NAMES = {
     "mix": "Pictures and texts of many lengths",
@@ -16,7 +16,7 @@ _NAMES = {
 }
 
 
-def page(found: Mapping[str, Results], report: Report, rounds: int) -> str:
+def page(found: Mapping[str, Results], resumed: Resumptions, report: Report, rounds: int) -> str:
     """The body of the page."""
     job = Job("", "", "", "", "", 0)
     lines = [
@@ -34,7 +34,27 @@ def page(found: Mapping[str, Results], report: Report, rounds: int) -> str:
         lines += [f"## {_NAMES[name]}", "", *_table(results), ""]
         lines += [f"* {TITLES[way[0]]}, {way[1]}: not measured: {reason}" for way, reason in results.reasons.items()]
         lines += [""] if results.reasons else []
-    return "\n".join([*lines, *_aims(report)])
+    return "\n".join([*lines, *_resumed(resumed), *_aims(report)])
+
+
+def _resumed(resumed: Resumptions) -> list[str]:
+    lines = [
+        f"## Resumed in the middle of {MANY:,} samples",
+        "",
+        "The rows of the mix again and again. A checkpoint of the first step is made to say that half of the epoch",
+        "is done; what is measured is the run that goes on from it, once, to the end of its first step. What trainers",
+        "keep of their data between runs is there. Trainer skips rows of a list by their numbers; where rows are",
+        "streamed it reads and processes all that come before.",
+        "",
+        "| trainer | settings | imports | from there to the end of the first step |",
+        "|---|---|---|---|",
+    ]
+    for way, one in resumed.found.items():
+        cells = (TITLES[way[0]], way[1], f"{one.import_seconds:.1f} s", f"{one.first_step_seconds:.1f} s")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"* {TITLES[way[0]]}, {way[1]}: no figure: {reason}" for way, reason in resumed.reasons.items()]
+    return [*lines, ""] if resumed.reasons else lines
 
 
 def _table(results: Results) -> list[str]:

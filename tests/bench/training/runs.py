@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.bench.training.job import Job
 from tests.bench.training.trainers.ours import run_file
 from vlm_dist.distributed.group import free_port
 
+OURS = "ours"
 NUM_RANKS = 2
 #: Steps before the first that counts: buffers are made, caches filled.
 WARM_STEPS = 3
@@ -69,12 +70,72 @@ def run_job(job: Job, deadline_seconds: float, log: Path) -> Run:
     Raises:
         RunError: it failed, or took too long; the end of the log says why.
     """
+    started, peak = _train(job, deadline_seconds, log)
+    return _read(job, started, peak)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """How long it takes to go on.
+
+    Attributes:
+        import_seconds: from the start of the processes to the end of their imports.
+        first_step_seconds: from there to the end of the first step.
+    """
+
+    import_seconds: float
+    first_step_seconds: float
+
+
+def resume_job(job: Job, at: int, deadline_seconds: float, log: Path) -> Resumed:
+    """Leave a checkpoint that says `at` steps are done, and go on from it.
+
+    Args:
+        job: of the run; its output folder is emptied.
+        at: steps that the checkpoint is to have.
+        deadline_seconds: of each of the two runs.
+        log: takes what the processes print.
+
+    Raises:
+        RunError: one of the two failed, or took too long.
+    """
+    try:
+        _train(replace(job, num_steps=1, save_at=1, pretended=at), deadline_seconds, log)
+    except RunError as error:
+        raise RunError(f"the first start: {error}") from error
+    if job.trainer != OURS:
+        _pretend(Path(job.output), at)
+    again = replace(job, num_steps=at + 1, save_at=0, resumed_at=at)
+    started, _ = _train(again, deadline_seconds, log)
+    clocks = [_lines(Path(job.output) / f"clock-{rank}.jsonl") for rank in range(NUM_RANKS)]
+    first = [next((line for line in clock if line["event"] == "step"), None) for clock in clocks]
+    if any(line is None or line["step"] != at + 1 for line in first):
+        raise RunError(f"{job.trainer} {job.settings}: the first step was not {at + 1}, but {first}")
+    imported = max(line["time"] for clock in clocks for line in clock if line["event"] == "imported")
+    return Resumed(imported - started, max(line["time"] for line in first if line) - imported)
+
+
+def _pretend(output: Path, at: int) -> None:
+    """Have a checkpoint of Hugging Face's Trainer say that it is of a later step."""
+    folder = next((output / "run").rglob("checkpoint-1"))
+    path = folder / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(state | {"global_step": at, "epoch": state["epoch"] * at}), encoding="utf-8")
+    folder.rename(folder.with_name(f"checkpoint-{at}"))
+
+
+def _train(job: Job, deadline_seconds: float, log: Path) -> tuple[float, float]:
+    """Gives the time of its start, and the peak of memory in MiB."""
     output = Path(job.output)
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    if job.resumed_at:
+        for clock in output.glob("clock-*.jsonl"):
+            clock.unlink()
+    else:
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
     path = output / "job.json"
     job.write(path)
-    if job.trainer == "ours":
+    if job.trainer == OURS:
         run_file(job)
     command = [str(python_of(job.trainer)), "-m", "torch.distributed.run", "--nproc_per_node", str(NUM_RANKS)]
     command += ["--master_port", str(free_port()), "-m", f"tests.bench.training.trainers.{job.trainer}", str(path)]
@@ -84,12 +145,12 @@ def run_job(job: Job, deadline_seconds: float, log: Path) -> Run:
             command, cwd=output, env=_environment(), stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        peak = _watch(process, started + deadline_seconds)
+        peak = _watch(process, started, started + deadline_seconds)
     finally:
         _end(process)
     if process.returncode:
         raise RunError(f"{job.trainer} {job.settings}: {_reason(process.returncode, log)}")
-    return _read(job, started, peak)
+    return started, peak
 
 
 def _environment() -> dict[str, str]:
@@ -99,6 +160,7 @@ def _environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(ROOT / ".bench" / "cache"),
         "PYTHONWARNINGS": "ignore",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
@@ -108,7 +170,7 @@ def _environment() -> dict[str, str]:
     return kept | own
 
 
-def _watch(process: subprocess.Popen[bytes], deadline: float) -> float:
+def _watch(process: subprocess.Popen[bytes], started: float, deadline: float) -> float:
     """Wait for the end; gives the peak of the memory in MiB.
 
     Raises:
@@ -117,7 +179,7 @@ def _watch(process: subprocess.Popen[bytes], deadline: float) -> float:
     peak = 0.0
     while process.poll() is None:
         if time.time() > deadline:
-            raise RunError("took too long")
+            raise RunError(f"took over {deadline - started:.0f} s")
         total = 0
         with suppress(psutil.Error):
             for one in psutil.Process(process.pid).children(recursive=True):
@@ -129,6 +191,10 @@ def _watch(process: subprocess.Popen[bytes], deadline: float) -> float:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(psutil.Error):  # torchrun's ranks have groups of their own
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                one.kill()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the group is the run's own
     process.wait()
@@ -136,7 +202,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _reason(code: int, log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and not line.startswith(("[rank", "torch.distributed"))]
+    told = [line for line in lines if line.startswith("error: ")]
+    errors = told or [line for line in lines if "Error" in line and not line.startswith(("[rank", "torch.distr"))]
     return f"exit code {code}: {(errors or lines or [''])[0].strip()[:300]}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -46,6 +47,7 @@ class SampleSet:
 
 MIX = SampleSet("mix", "mix", 512)
 EQUAL = SampleSet("equal", "equal", 256)
+MANY = 100_000
 
 
 def make_samples(folder: Path, samples: SampleSet) -> Path:
@@ -77,6 +79,25 @@ def make_samples(folder: Path, samples: SampleSet) -> Path:
                 (target / row["image"]).write_bytes(jpeg)
     (target / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stamp.write_text(made)
+    return target
+
+
+def make_many(folder: Path, data: Path) -> Path:
+    """Write rows that name the samples of a set again and again, `MANY` in all, unless they are there already.
+
+    Args:
+        folder: gets a folder with `rows.jsonl` and the set's images.
+        data: of the set.
+    """
+    target = folder / "many"
+    if not (target / "rows.jsonl").is_file():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(data / "images", target / "images", copy_function=os.link)
+        rows = (data / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        unfinished = target / "unfinished"
+        with unfinished.open("w", encoding="utf-8") as lines:
+            lines.writelines(rows[i % len(rows)] for i in range(MANY))
+        unfinished.rename(target / "rows.jsonl")
     return target
 
 

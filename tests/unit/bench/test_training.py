@@ -13,10 +13,10 @@ import pytest
 from tests.bench.report import Report
 from tests.bench.training import runs
 from tests.bench.training.__main__ import _report
-from tests.bench.training.figures import run_rounds, ways
+from tests.bench.training.figures import Resumptions, run_rounds, ways
 from tests.bench.training.job import Clock, Job
 from tests.bench.training.page import page
-from tests.bench.training.runs import Run, RunError, _read, run_job
+from tests.bench.training.runs import Resumed, Run, RunError, _read, resume_job, run_job
 from tests.bench.training.samples import MIX, _sizes, make_model
 from tests.bench.training.trainers.ours import run_file
 from vlm_dist.config import load_run
@@ -79,7 +79,7 @@ def test_a_run_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sleeper.write_text("#!/bin/sh\nsleep 100 & sleep 100\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(runs, "python_of", lambda trainer: sleeper)
-    with pytest.raises(RunError, match="too long"):
+    with pytest.raises(RunError, match="took over 1 s"):
         run_job(job(tmp_path, trainer="hf_trainer"), 1.0, tmp_path / "log")
 
 
@@ -104,8 +104,35 @@ def test_what_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monk
     default = compared["mix/packing beside hf_trainer, default (default)"]
     best = compared["mix/packing beside hf_trainer, best (group_by_length)"]
     assert default.ratio == 4.0 and default.is_met and best.ratio == pytest.approx(4 / 3) and best.is_met
-    text = page({"mix": results}, report, 2)
+    resumed = Resumptions({("ours", "packing"): Resumed(1.0, 2.0)}, {("hf_trainer", "streaming"): "over 150 s"})
+    text = page({"mix": results}, resumed, report, 2)
+    assert "| vlm-dist | packing | 1.0 s | 2.0 s |" in text and "streaming: no figure: over 150 s" in text
     assert "batch_rebalance: not measured: no" in text and "1.33 times (aim 1.15): met" in text
+
+
+def test_a_resumption_is_a_checkpoint_made_later_and_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Job] = []
+
+    def train(one: Job, deadline_seconds: float, log: Path) -> tuple[float, float]:
+        asked.append(one)
+        if one.resumed_at:
+            assert one.checkpoint() == str(tmp_path / "out" / "run" / "checkpoint-30")
+            for rank in range(2):
+                write_clock(tmp_path / "out", rank, {31: 112.0 + rank}, tokens=1)
+        else:
+            left = tmp_path / "out" / "run" / "checkpoint-1"
+            left.mkdir(parents=True)
+            (left / "trainer_state.json").write_text(json.dumps({"global_step": 1, "epoch": 0.02, "max_steps": 1}))
+        return 100.0, 0.0
+
+    monkeypatch.setattr(runs, "_train", train)
+    found = resume_job(job(tmp_path, trainer="hf_trainer"), 30, 9.0, tmp_path / "log")
+    assert found == Resumed(5.0, 8.0)
+    assert [(one.num_steps, one.save_at, one.resumed_at) for one in asked] == [(1, 1, 0), (31, 0, 30)]
+    state = json.loads((tmp_path / "out" / "run" / "checkpoint-30" / "trainer_state.json").read_text())
+    assert state == {"global_step": 30, "epoch": 0.6, "max_steps": 1}
 
 
 def test_the_run_file_is_a_good_one(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "batch_rebalance": {"train_sampling_strategy": "batch_rebalance"},
+    "streaming": {"accelerator_config": {"dispatch_batches": False, "split_batches": False}},
 }
 
 
@@ -60,14 +61,16 @@ def main() -> None:
     )
     model = AutoModelForImageTextToText.from_pretrained(job.model, dtype=torch.float32)
     config = LoraConfig(r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=TARGET_PATTERN)
-    rows = [{**row, "length": row["tokens"]} for row in job.rows()]
+    samples = job.samples_file(lambda row: {**row, "length": row["tokens"]})
     trainer = Trainer(
         model=get_peft_model(model, config),
         args=arguments,
         data_collator=Collator(processor),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=load_dataset(
+            "json", data_files=str(samples), split="train", streaming=job.settings == "streaming"
+        ),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.checkpoint())
     clock.write("done")
 
 

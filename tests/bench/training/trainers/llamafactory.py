@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from llamafactory.train.tuner import run_exp
@@ -24,26 +24,26 @@ def main() -> None:
     job = Job.read()
     clock = watch(job, AutoTokenizer.from_pretrained(job.model).pad_token_id)
     clock.write("imported")
-    folder = Path(job.output) / f"data-{clock.rank}"
-    folder.mkdir(parents=True)
-    rows = [
-        {
+    samples = job.samples_file(
+        lambda row: {
             "messages": [
                 {"role": "user", "content": ("<image>" if row["image"] else "") + row["question"]},
                 {"role": "assistant", "content": row["answer"]},
             ],
             "images": [row["image"]] if row["image"] else [],
         }
-        for row in job.rows()
-    ]
-    (folder / "rows.json").write_text(json.dumps(rows))
+    )
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
     columns = {"messages": "messages", "images": "images"}
-    described = {"file_name": "rows.json", "formatting": "sharegpt", "columns": columns, "tags": tags}
+    described = {"file_name": f"../{samples.name}", "formatting": "sharegpt", "columns": columns, "tags": tags}
+    folder = samples.parent / f"described-{clock.rank}"
+    folder.mkdir(exist_ok=True)
     (folder / "dataset_info.json").write_text(json.dumps({"rows": described}))
+    packs = "packing" in SETTINGS[job.settings]
     run_exp(
         {
-            **common_arguments(job),
+            # a pack is a row: one is as many samples as a micro-batch of the others
+            **common_arguments(replace(job, per_device=1) if packs else job),
             **SETTINGS[job.settings],
             "stage": "sft",
             "do_train": True,
@@ -55,8 +55,8 @@ def main() -> None:
             "dataset_dir": str(folder),
             "dataset": "rows",
             "template": "qwen2_vl",
-            "cutoff_len": job.max_length,
-            "overwrite_cache": True,
+            "cutoff_len": job.pack_tokens() if packs else job.max_length,
+            "resume_from_checkpoint": job.checkpoint(),
             "preprocessing_num_workers": 2,
             "image_max_pixels": 1 << 24,
         }

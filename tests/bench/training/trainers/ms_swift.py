@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from swift import SftArguments, sft_main
@@ -24,18 +22,15 @@ def main() -> None:
     job = Job.read()
     clock = watch(job, AutoTokenizer.from_pretrained(job.model).pad_token_id)
     clock.write("imported")
-    rows = [
-        {
+    samples = job.samples_file(
+        lambda row: {
             "messages": [
                 {"role": "user", "content": ("<image>" if row["image"] else "") + row["question"]},
                 {"role": "assistant", "content": row["answer"]},
             ],
             "images": [row["image"]] if row["image"] else [],
         }
-        for row in job.rows()
-    ]
-    path = Path(job.output) / f"rows-{clock.rank}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    )
     sft_main(
         SftArguments(
             **common_arguments(job),
@@ -43,15 +38,17 @@ def main() -> None:
             model=job.model,
             model_type="qwen2_vl",
             template="qwen2_vl",
-            dataset=[str(path)],
+            dataset=[str(samples)],
             split_dataset_ratio=0.0,
             tuner_type="lora",
             lora_rank=job.rank,
             lora_alpha=job.alpha,
             lora_dropout=0.0,
             torch_dtype="float32",
+            fp16=False,
             attn_impl="sdpa",
             max_length=job.max_length,
+            resume_from_checkpoint=job.checkpoint(),
         )
     )
     clock.write("done")

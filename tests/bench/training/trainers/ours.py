@@ -26,7 +26,11 @@ def run_file(job: Job) -> Path:
     (folder / "zero.json").write_text(json.dumps(stage))
     has_images = any(row["image"] for row in job.rows())
     question = [*([{"type": "image"}] if has_images else []), {"type": "text", "text": "{question_column}"}]
-    source = {"name": "rows", "type": "tar", "path": f"{job.data}/tar"}
+    source = {"name": "rows", "type": "tar", "path": f"{job.data}/tar"} | (
+        {"columns": {"image": "jpg"}} if has_images else {}
+    )
+    if not Path(job.data, "tar").is_dir():  # read in place, as the peers do
+        source = {"name": "rows", "type": "jsonl", "path": f"{job.data}/rows.jsonl", "media_root": job.data}
     media = {"image_column": "image"} if has_images else {}
     answer = [{"type": "text", "text": "{answer_column}"}]
     run = {
@@ -53,7 +57,9 @@ def run_file(job: Job) -> Path:
                 "report_to": "none",
                 "per_device_train_batch_size": job.per_device,
                 "gradient_accumulation_steps": job.accumulation,
-                "max_steps": job.num_steps,
+                "max_steps": max(job.num_steps, job.pretended + job.num_steps),
+                "stop_at_step": job.num_steps if job.pretended else None,
+                "resume": "auto" if job.resumed_at else False,
                 "num_train_epochs": 1000,
                 "learning_rate": job.learning_rate,
                 "lr_scheduler_type": "constant",
@@ -61,7 +67,7 @@ def run_file(job: Job) -> Path:
                 "seed": job.seed,
                 "logging_steps": 10,
                 "eval_steps": 0,
-                "save_steps": job.save_at,
+                "save_steps": 0 if job.pretended else job.save_at,
                 "dataloader_num_workers": job.workers,
                 **SETTINGS[job.settings],
             },
@@ -74,7 +80,7 @@ def run_file(job: Job) -> Path:
             },
             "data": {
                 "index_dir": str(folder / "index"),
-                "train": [source | ({"columns": {"image": "jpg"}} if has_images else {})],
+                "train": [source],
                 "eval": [],
             },
         },
@@ -105,7 +111,7 @@ def main() -> None:
 
     clock = Clock(job)
     clock.write("imported")
-    own_add, own_run, own_begin = Meter.add, Trainer.run, CheckpointSaver.begin
+    own_add, own_run, own_begin, own_save = Meter.add, Trainer.run, CheckpointSaver.begin, Trainer._save
 
     def add(self: Any, tally: Any, fetched: Any, *args: Any, **kwargs: Any) -> None:
         own_add(self, tally, fetched, *args, **kwargs)
@@ -122,7 +128,12 @@ def main() -> None:
         own_begin(self, position)
         clock.write("saved", step=position)
 
+    def save(self: Any) -> None:
+        self.position = job.pretended or self.position
+        own_save(self)
+
     Meter.add, Trainer.run, CheckpointSaver.begin = add, run, begin  # type: ignore[method-assign]
+    Trainer._save = save  # type: ignore[method-assign]
     code = train(["--config", str(Path(job.output) / "run.yaml")])
     clock.write("done")
     sys.exit(code)

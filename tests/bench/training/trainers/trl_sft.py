@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, Sequence
+from datasets import Image, Sequence, load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
@@ -15,8 +15,9 @@ from tests.bench.training.trainers.hugging_face_clock import common_arguments, w
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "group_by_length": {"train_sampling_strategy": "group_by_length"},
-    "batch_rebalance": {"train_sampling_strategy": "batch_rebalance"},
+    # the column of lengths is not among those that it knows, and would be removed
+    "group_by_length": {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False},
+    "batch_rebalance": {"train_sampling_strategy": "batch_rebalance", "remove_unused_columns": False},
 }
 
 
@@ -26,16 +27,15 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(job.model)
     clock = watch(job, processor.tokenizer.pad_token_id)
     clock.write("imported")
-    rows = [
-        {
+    samples = job.samples_file(
+        lambda row: {
             "prompt": [{"role": "user", "content": row["question"]}],
             "completion": [{"role": "assistant", "content": row["answer"]}],
             "images": [row["image"]] if row["image"] else [],
             "length": row["tokens"],
         }
-        for row in job.rows()
-    ]
-    dataset = Dataset.from_list(rows).cast_column("images", Sequence(Image()))
+    )
+    dataset = load_dataset("json", data_files=str(samples), split="train").cast_column("images", Sequence(Image()))
     trainer = SFTTrainer(
         model=AutoModelForImageTextToText.from_pretrained(job.model, dtype=torch.float32),
         args=SFTConfig(**common_arguments(job), **SETTINGS[job.settings], max_length=None),
@@ -45,7 +45,7 @@ def main() -> None:
             r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=TARGET_PATTERN, task_type="CAUSAL_LM"
         ),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.checkpoint())
     clock.write("done")
 
 
