@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes bench bench-loop bench-lora bench-packing bench-ranks chaos cluster
+.PHONY: help setup demo test check format clean bench-scale bench-data bench-checkpoint bench-nodes bench bench-flops bench-loop bench-lora bench-packing bench-ranks chaos cluster
 .PHONY: gpu-wheels gpu-tests gpu-2b gpu-7b
 
 help:  ## show this list
@@ -72,6 +72,9 @@ bench-checkpoint: $(STAMP)  ## bytes, stall and time to resume of checkpoints, b
 bench-nodes: $(STAMP)  ## bytes on the wire for each stage of ZeRO, and what slow links cost (root; BENCH=quick: two minutes)
 	$(BIN)/python -m tests.bench.nodes $(if $(filter quick,$(BENCH)),--quick)
 
+bench-flops: $(STAMP)  ## operations as MFU counts them, beside torch's own count, family by family (BENCH=quick: seconds)
+	$(BIN)/python -m tests.bench.flops $(if $(filter quick,$(BENCH)),--quick)
+
 bench-lora: $(STAMP)  ## a LoRA layer beside PEFT's own (BENCH=quick: seconds)
 	$(BIN)/python -m tests.bench.lora $(if $(filter quick,$(BENCH)),--quick)
 
@@ -105,7 +108,7 @@ gpu-2b:  ## Qwen2-VL-2B at true size on a GPU beside TRL and the Hugging Face Tr
 gpu-7b:  ## the same with Qwen2.5-VL-7B
 	python=$(GPU_PYTHON) && "$$python" -m tests.bench.gpu 7b
 
-bench-loop: $(STAMP)  ## what our loop costs beside DeepSpeed's own three calls (BENCH=quick: two minutes)
+bench-loop: $(STAMP)  ## what our loop costs beside DeepSpeed's own three calls (BENCH=quick: under a minute)
 	$(BIN)/python -m tests.bench.loop $(if $(filter quick,$(BENCH)),--quick)
 
 bench: $(STAMP)  ## whole training runs beside the peers, half an hour, environments apart (BENCH=quick: ours and Trainer)

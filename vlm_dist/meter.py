@@ -17,7 +17,7 @@ from vlm_dist.data.types import MicroBatch, StepPlan
 from vlm_dist.distributed.group import Ranks
 from vlm_dist.engine import DeviceTimer, StepOutcome
 from vlm_dist.loss import TokenGroups
-from vlm_dist.model.flops import FlopModel, Flops
+from vlm_dist.model.flops import FlopModel, Flops, SampleShare
 from vlm_dist.observability.eta import Eta, Pause
 from vlm_dist.observability.log import MetricLog
 from vlm_dist.observability.window import LineFacts, MetricWindow, StepShare
@@ -75,7 +75,8 @@ class Meter:
         if self._flops is None:
             return _UNKNOWN
         try:
-            return self._flops.count(micro_batch.inputs, micro_batch.labels)
+            needed = SampleShare(tuple(micro_batch.sample_tokens), micro_batch.kinds)
+            return self._flops.count(micro_batch.inputs, micro_batch.labels, needed)
         except Exception as error:  # noqa: BLE001 - a figure must not end a run
             logger.warning("operations cannot be counted, so that MFU is left out: %s: %s", type(error).__name__, error)
             self._flops = None

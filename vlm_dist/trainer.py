@@ -45,7 +45,10 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
         micro_batch: index in the step over all ranks; the same micro-batch has the same dropout on any rank.
     """
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB) % 2**63
-    torch.manual_seed(mixed)
+    # not torch.manual_seed: for each kind of device that is not in use it writes down the whole call stack, 0.1-0.2 ms
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(mixed)
 
 
 class Trainer:

@@ -72,7 +72,7 @@ def with_meter(ranks: Any, monkeypatch: pytest.MonkeyPatch, steps: Any, **cadenc
     log_step = log.log_step
     monkeypatch.setattr(log, "log_step", lambda metrics: (records.append(metrics.as_record()), log_step(metrics)))
     trainer.engine = DeviceEngine()  # type: ignore[assignment]
-    flops = SimpleNamespace(count=lambda inputs, labels: Flops(2e9, 3e9))
+    flops = SimpleNamespace(count=lambda inputs, labels, share: Flops(2e9, 3e9))
     trainer.meter = Meter(
         ranks, trainer.cadence, log, torch.device("cpu"), sources=["a", "b"], flops=flops, peak_flops=1e12,
         tower_factors={"vision": 0.1, "language": 1.0},
@@ -124,7 +124,7 @@ def test_a_line_has_the_figures_of_sources_towers_and_operations(
 
 
 def test_operations_that_cannot_be_counted_are_said_once(ranks: Any, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
-    flops = SimpleNamespace(count=lambda inputs, labels: 1 / 0)
+    flops = SimpleNamespace(count=lambda inputs, labels, share: 1 / 0)
     meter = Meter(ranks, Cadence(10, 1, 0, 0), None, torch.device("cpu"), flops=flops)  # type: ignore[arg-type]
     batch = MicroBatch(MicroBatchJob(0, 0, ()), {}, torch.zeros(1, 4), 0, 0, 0, 0)
     for _ in range(3):

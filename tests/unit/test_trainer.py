@@ -304,6 +304,20 @@ def test_dropout_depends_on_the_micro_batch_and_not_on_who_runs_it(ranks: Any) -
     assert float(torch.rand(())) == whole[1].noise[-1]
 
 
+def test_a_seed_is_torchs_own_on_the_devices_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    for is_initialized in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda it=is_initialized: it)
+        seed_micro_batch(42, 3, 1)
+    mixed = torch.initial_seed()
+    ours = torch.rand(3)
+    assert seeds == [mixed]
+    monkeypatch.undo()
+    torch.manual_seed(mixed)
+    assert torch.equal(torch.rand(3), ours)
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_the_next_step(ranks: Any) -> None:
     trainer, engine, _, saved = make(ranks, feed(0, 10, events={5: {"save_error": 1}}), save_steps=4)
     trainer.saver.error = "checkpoint-4 could not be written"  # type: ignore[attr-defined]

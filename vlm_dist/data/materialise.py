@@ -210,6 +210,7 @@ class Materialiser:
             num_cut=sum(sample.was_cut for sample in samples),
             sample_tokens=sample_tokens,
             sample_targets=[int((piece != IGNORE_INDEX).sum()) for piece in pieces],
+            kinds=frozenset(kind for sample in samples for kind in sample.example.kinds),
         )
         return batch, [outcomes[slot] for slot in range(len(job.refs))]
 

@@ -211,6 +211,7 @@ class MicroBatch:
         num_cut: samples whose text was cut at max_length.
         sample_tokens: real tokens of each sample, in the order of `refs`.
         sample_targets: labels that carry loss of each sample; read row by row, the labels come in this order.
+        kinds: of "image" and "video", what the samples have; whatever else `inputs` show is a dummy's.
     """
 
     job: MicroBatchJob
@@ -229,3 +230,4 @@ class MicroBatch:
     num_cut: int = 0
     sample_tokens: list[int] = field(default_factory=list)
     sample_targets: list[int] = field(default_factory=list)
+    kinds: frozenset[str] = frozenset()

@@ -107,7 +107,9 @@ def init_process_groups(
     if topology.rendezvous is not None:
         os.environ.update(MASTER_ADDR=topology.rendezvous[0], MASTER_PORT=str(topology.rendezvous[1]))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if topology.world_size == 1:
+    # torchrun's agent listens at its own port, where torch looks for it whatever the port says: another would hang
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "MASTER_PORT" in os.environ
+    if topology.world_size == 1 and not is_served:
         # Nobody else has to know the port, so that any number of single-process runs share a machine.
         os.environ["MASTER_PORT"] = str(free_port())
     os.environ.update(

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from vlm_dist.estimate.estimate import Estimate, Row
 from vlm_dist.estimate.memory import GIB, Variant
 
+#: A way is worth a change of the run file from this many times the speed on.
+_WORTH = 1.03
+#: Seconds of a step below which an estimate tells nothing: starting the kernels takes longer than computing.
+_SHORTEST = 1e-3
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -38,14 +43,19 @@ def _checkpointing(row: Row) -> str:
     return "with gradient checkpointing" if row.variant.recomputes else "without gradient checkpointing"
 
 
+def _shown_seconds(row: Row) -> float:
+    """Of a step, as the table has them: to three digits."""
+    return float(f"{row.time.total:.3g}")
+
+
 def _seconds(row: Row) -> float:
-    """Of a step; below a millisecond nothing is gained."""
-    return max(row.time.total, 1e-3)
+    """Of a step, as far as an estimate tells ways apart."""
+    return max(_shown_seconds(row), _SHORTEST)
 
 
 def _cost(row: Row) -> tuple[float, int, bool]:
-    """Seconds first, to three digits; then what is simpler."""
-    return float(f"{_seconds(row):.3g}"), row.variant.stage, row.variant.offloads_optimizer
+    """Seconds first; then what is simpler."""
+    return _seconds(row), row.variant.stage, row.variant.offloads_optimizer
 
 
 def _of_fitting(made: Estimate, best: Row) -> Advice:
@@ -53,13 +63,13 @@ def _of_fitting(made: Estimate, best: Row) -> Advice:
     room = f"{best.largest.total / GIB:.1f} of {gpu:.0f} GiB at the largest micro-batch"
     again = _checkpointing(best)
     settings = _settings(made, best)
-    if best is run or not settings:
+    if best is run:
         return Advice(f"The run fits as it is: {best.variant.name} {again}, {room}.{_on_links(made)}")
     if run.fits:
         gain = _seconds(run) / _seconds(best)
-        if gain < 1.03:
+        if gain < _WORTH:
             used = f"{run.largest.total / GIB:.1f} of {gpu:.0f} GiB"
-            return Advice(f"The run fits as it is ({used}), and nothing else is faster by 3%.{_on_links(made)}")
+            return Advice(f"The run fits as it is ({used}), and {_no_gain(made)}.{_on_links(made)}")
         return Advice(
             f"The run fits as it is, but {best.variant.name} {again} fits too ({room}) and takes "
             f"{1 - 1 / gain:.0%} less time.{_on_links(made)}",
@@ -68,6 +78,17 @@ def _of_fitting(made: Estimate, best: Row) -> Advice:
     return Advice(
         f"The run does not fit as it is. {best.variant.name} {again} does: {room}.{_on_links(made)}", settings
     )
+
+
+def _no_gain(made: Estimate) -> str:
+    """Why the run may stay as it is, in words that the table bears out."""
+    seconds = _shown_seconds(made.run)
+    faster = [row for row in made.rows if _shown_seconds(row) * _WORTH <= seconds]
+    if not faster:
+        return "nothing else is faster by 3%"
+    if not any(row.fits for row in faster):
+        return "nothing else that fits is faster by 3%"
+    return "what is faster gains nothing: a step computes for about a millisecond, and starts kernels for longer"
 
 
 def _of_smaller_batch(made: Estimate, rows: list[Row]) -> Advice:
@@ -129,13 +150,18 @@ def _settings(made: Estimate, row: Row) -> tuple[str, ...]:
     """What differs from the run file."""
     found = []
     own, wanted = made.run.variant, row.variant
-    if _file(own) != _file(wanted):
+    if _placement(own) != _placement(wanted):
         found.append(f"deepspeed=ds_configs/{_file(wanted)}")
     if own.recomputes != wanted.recomputes:
         found.append(f"train.gradient_checkpointing={str(wanted.recomputes).lower()}")
     if wanted.first_blocks is not None:
         found.append(f"train.gradient_checkpointing_policy.language={wanted.first_blocks}")
     return tuple(found)
+
+
+def _placement(variant: Variant) -> tuple[int, bool, bool]:
+    """What a DeepSpeed JSON decides; a user's own may offload one part alone."""
+    return variant.stage, variant.offloads_optimizer, variant.offloads_base
 
 
 def _file(variant: Variant) -> str:

@@ -35,6 +35,8 @@ class Product:
         is_recomputed: in the backward.
         out_features: of what it makes.
         in_features: of what it reads.
+        num_forwards: how often it is computed, each time over other inputs: twice where DoRA has dropout.
+        extra_flops: of each forward, whatever the tokens: DoRA multiplies LoRA's two matrices for its norms.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Product:
     is_recomputed: bool = False
     out_features: int = 0
     in_features: int = 0
+    num_forwards: int = 1
+    extra_flops: float = 0.0
 
     @property
     def model_flops(self) -> float:
@@ -55,7 +59,13 @@ class Product:
     @property
     def hardware_flops(self) -> float:
         """Per token, with what is computed again."""
-        return self.model_flops + 2.0 * self.weights * self.is_recomputed
+        each = 1 + self.has_input_gradient + self.is_recomputed
+        return 2.0 * self.weights * (each * self.num_forwards + self.has_weight_gradient)
+
+    @property
+    def hardware_flops_beside_tokens(self) -> float:
+        """Of a micro-batch, however many tokens it has."""
+        return self.extra_flops * (1 + self.is_recomputed)
 
 
 @dataclass(frozen=True)
@@ -199,11 +209,19 @@ class _Walk:
             # as vlm_dist.loss.labelled has it, which is another room
             again = stream == "head" and (trained or layer.core.weight.dtype == torch.float16)
             made = replace(made, has_input_gradient=True, is_recomputed=again)
-        self._products.append(made)
         if not hasattr(layer.module, "lora_A"):
+            self._products.append(made)
             return
+        doras = [name for name in layer.module.lora_A if name in layer.module.lora_magnitude_vector]
+        ranks = {
+            name: matrix.out_features if isinstance(matrix, nn.Linear) else matrix.out_channels
+            for name, matrix in layer.module.lora_A.items()
+        }
+        dropped = [name for name in doras if not isinstance(layer.module.lora_dropout[name], nn.Identity)]
+        norms = sum(2.0 * inputs * ranks[name] * (inputs + outputs) for name in doras)  # A and B of a unit matrix
+        self._products.append(replace(made, num_forwards=1 + len(dropped), extra_flops=norms))
         for name, matrix in layer.module.lora_A.items():
-            rank = matrix.out_features if isinstance(matrix, nn.Linear) else matrix.out_channels
+            rank = ranks[name]
             is_trained = any(parameter.requires_grad for parameter in matrix.parameters())
             down = replace(
                 made, name=f"{layer.name}.lora_A.{name}", weights=float(inputs) * rank, has_weight_gradient=is_trained,

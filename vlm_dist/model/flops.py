@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_dist.model.attention.choice import attention_of
@@ -21,6 +21,8 @@ from vlm_dist.model.visual_tokens import VisualTokens, visual_layout
 #: What the backward of attention costs, as a multiple of the forward: two products for each of its two; kernels that
 #: keep no scores compute these once more.
 _BACKWARD, _FUSED_BACKWARD = 2.0, 2.5
+#: Inputs of a vision tower, where pictures and clips come apart.
+_OF_PICTURES, _OF_CLIPS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,12 @@ class Flops:
     """Floating-point operations of forward and backward.
 
     Attributes:
-        model: what the samples need: without padding, without what is computed again, attention over each sample's
-            own tokens alone and, where a token sees only those before it, half of the square.
-        hardware: what is computed: with padding, with what gradient checkpointing and the loss compute again, and with
-            the whole square of a row where the attention masks instead of leaving out (variable-length attention leaves
-            out what is between the samples of a pack, flash attention padding, too).
+        model: what the samples need: without padding and dummies, without what is computed again, attention over each
+            sample's own tokens alone and, where a token sees only those before it, half of the square.
+        hardware: what is computed: with padding and dummies, with what gradient checkpointing and the loss compute
+            again, with what DoRA computes besides, and with the whole square of a row where the attention masks instead
+            of leaving out (variable-length attention leaves out what is between the samples of a pack, flash attention
+            padding, too).
     """
 
     model: float
@@ -59,6 +62,32 @@ class TextTokens:
     segments: tuple[int, ...]
     computed_squares: float
     is_packed: bool = False
+
+
+@dataclass(frozen=True)
+class SampleShare:
+    """What the samples of a micro-batch have of it; the rest stands in for what they lack.
+
+    Attributes:
+        tokens: of each sample.
+        kinds: of "image" and "video", those that a sample has.
+    """
+
+    tokens: tuple[int, ...]
+    kinds: frozenset[str]
+
+    def text(self, whole: TextTokens) -> TextTokens:
+        """Tokens of the samples alone."""
+        return replace(whole, real=sum(self.tokens), segments=self.tokens)
+
+    def visual_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs without the dummy of a kind that no sample has."""
+        if not self.kinds:
+            return {}
+        # where clips come among the pictures, both are of the samples
+        absent: tuple[str, ...] = () if "image" in self.kinds or _OF_CLIPS[0] not in inputs else _OF_PICTURES
+        absent += () if "video" in self.kinds else _OF_CLIPS
+        return {key: value for key, value in inputs.items() if key not in absent}
 
 
 class FlopModel:
@@ -92,6 +121,7 @@ class FlopModel:
         self._ignore_index = ignore_index
         self._model: dict[str, float] = defaultdict(float)  # stream -> operations per token
         self._hardware: dict[str, float] = defaultdict(float)
+        self._beside_tokens = sum(product.hardware_flops_beside_tokens for product in products)
         for product in products:
             self._model[product.stream] += product.model_flops
             self._hardware[product.stream] += product.hardware_flops
@@ -124,17 +154,22 @@ class FlopModel:
         language, vision = attention_of(base)
         return cls(products, attentions, visual_layout(base), language, ignore_index, vision)
 
-    def count(self, inputs: Mapping[str, Any], labels: Any) -> Flops:
+    def count(self, inputs: Mapping[str, Any], labels: Any, share: SampleShare | None = None) -> Flops:
         """Operations of a micro-batch, forward and backward.
 
         Args:
             inputs: of the model, before they go to a device; of pictures only shapes are read, and where one is padded.
             labels: [B, T], on the CPU.
+            share: of the samples; None: all that is no padding is theirs.
         """
         text = text_tokens(inputs, labels)
         visual = self._layout.tokens(inputs)
         num_labelled = int((labels[:, 1:] != self._ignore_index).sum())
-        return self.count_tokens(text, visual, num_labelled)
+        computed = self.count_tokens(text, visual, num_labelled)
+        if share is None or sum(share.tokens) == text.real:  # nothing is a dummy's
+            return computed
+        needed = self._layout.tokens(share.visual_inputs(inputs))
+        return Flops(self.count_tokens(share.text(text), needed, num_labelled).model, computed.hardware)
 
     def count_tokens(self, text: TextTokens, visual: VisualTokens, num_labelled: int) -> Flops:
         """Operations of a micro-batch of which only the counts are known.
@@ -149,6 +184,7 @@ class FlopModel:
         computed = {"language": text.computed, "head": num_labelled, **streams}
         model = sum(flops * real.get(stream, 0) for stream, flops in self._model.items())
         hardware = sum(flops * computed.get(stream, 0) for stream, flops in self._hardware.items())
+        hardware += self._beside_tokens
         for (kind, window), (per_model, per_hardware) in self._squares.items():
             if kind == "causal":
                 pairs = _causal_pairs(text.segments, window)

@@ -1,6 +1,8 @@
 """One rank: a real run whose steps come from memory, and after every few of them a bare loop over the same ones.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.bench.loop.ranks RUN.yaml OUTPUT PAIRS STEPS
+python -m torch.distributed.run --nproc_per_node 2 -m tests.bench.loop.ranks RUN.yaml OUTPUT PAIRS STEPS PARTED
+
+Behind the pairs come PARTED steps whose parts are timed one by one. Python collects no garbage in either loop.
 """
 
 from __future__ import annotations
@@ -8,14 +10,17 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.bench.loop.parts import Parts
 from vlm_dist.build.ending import collective_timeout
 from vlm_dist.build.run import run_parts
 from vlm_dist.config import load_run
@@ -26,6 +31,8 @@ from vlm_dist.distributed.environment import resolve_topology
 from vlm_dist.distributed.group import Ranks, init_process_groups, shut_down
 from vlm_dist.distributed.signals import StopRequest
 from vlm_dist.engine import Engine, prepare_deepspeed
+
+_REST_SECONDS = 0.01
 
 
 class Made:
@@ -52,10 +59,17 @@ class MemoryPool:
 
     def __init__(self, made: dict[tuple[int, int], MicroBatch]) -> None:
         self._made = made
+        self._steps: dict[int, float] = {}
 
     def submit(self, job: MicroBatchJob) -> Made:
-        """What the feed asks for."""
+        """What the feed's thread asks for."""
+        self._steps.setdefault(job.step, time.thread_time())
         return Made(self._made[job.step, job.micro_batch])
+
+    def thread_seconds(self) -> float:
+        """What the feed's thread computes for a step: its own time, median."""
+        times = list(self._steps.values())
+        return statistics.median(after - before for before, after in pairwise(times))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -79,35 +93,64 @@ class PairedFeed:
         engine: of the run.
         ranks: that begin each measurement together.
         num_steps: of a group.
+        num_pairs: groups that are measured.
+        parts: times the steps that come behind them.
     """
 
-    def __init__(self, feed: StepFeed, engine: Engine, ranks: Ranks, num_steps: int) -> None:
+    def __init__(
+        self, feed: StepFeed, engine: Engine, ranks: Ranks, num_steps: int, num_pairs: int, parts: Parts
+    ) -> None:
         self._feed = feed
         self._engine = engine
         self._ranks = ranks
         self._num_steps = num_steps
+        self._num_pairs = num_pairs
+        self._parts = parts
         self.pairs: list[tuple[float, float]] = []
 
     def __iter__(self) -> Iterator[FeedStep]:
+        steps = iter(self._feed)
         group: list[FeedStep] = []
         started = 0.0
-        for fetched in self._feed:
+        for fetched in steps:
             if len(group) == self._num_steps:
                 ours = time.perf_counter() - started
                 self.pairs.append((ours, self._bare(group)))
                 group = []
+            if len(self.pairs) == self._num_pairs:
+                yield from self._parted(fetched, steps)
+                return
             if not group:
-                self._ranks.barrier()
+                if self._num_steps == 1:  # untimed: what is made once for a shape is made now, for neither
+                    self._bare([fetched])
+                self._begin_together()
                 started = time.perf_counter()
             group.append(fetched)
             yield fetched
 
+    def _parted(self, first: FeedStep, steps: Iterator[FeedStep]) -> Iterator[FeedStep]:
+        self._begin_together()
+        fetched: FeedStep | None = first
+        self._parts.begin()
+        while fetched is not None:
+            yield fetched
+            with self._parts.of("feed and agreement of the ranks"):
+                following = next(steps, None)
+            self._parts.end_step(self._bare([fetched]))
+            fetched = following
+
     def _bare(self, group: Sequence[FeedStep]) -> float:
-        self._ranks.barrier()
+        assert not gc.isenabled()
+        self._begin_together()
         started = time.perf_counter()
         for fetched in group:
             bare_step(self._engine, fetched.micro_batches, fetched.verdict.total["num_target_tokens"])
         return time.perf_counter() - started
+
+    def _begin_together(self) -> None:
+        """On all ranks, when the feed's thread has done what the last step that was taken made room for."""
+        time.sleep(_REST_SECONDS)
+        self._ranks.barrier()
 
     def close(self) -> None:
         """With the feed."""
@@ -122,32 +165,35 @@ def make_all(feed: StepFeed, num_steps: int, ranks: Ranks) -> dict[tuple[int, in
 
 def main() -> None:
     """Run, and write the pairs of seconds."""
-    path, output, num_pairs, num_steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    path, output = sys.argv[1], Path(sys.argv[2])
+    num_pairs, num_steps, num_parted = map(int, sys.argv[3:])
     torch.set_num_threads(1)
     prepare_deepspeed()
-    config = load_run(path, [f"train.max_steps={(num_pairs + 1) * num_steps + 1}"])
+    config = load_run(path, [f"train.max_steps={(num_pairs + 1) * num_steps + num_parted + 1}"])
     ranks = init_process_groups(resolve_topology(os.environ), collective_timeout(config.train), StopRequest())
     with run_parts(config, ranks) as parts:
         trainer = parts.trainer
         real = trainer.feed
-        made = make_all(real, trainer.cadence.num_steps, ranks)
+        pool = MemoryPool(make_all(real, trainer.cadence.num_steps, ranks))
         feed: Any = StepFeed(
             real._plan,
-            MemoryPool(made),  # type: ignore[arg-type]
+            pool,  # type: ignore[arg-type]
             rank=ranks.rank,
             world_size=ranks.world_size,
             agreement=StepAgreement(FEED_FIELDS, ranks.agreement, ranks.world_size),
             prefetch_steps=config.train.dataloader_prefetch_factor,
             stop_requested=lambda: ranks.stop.number,
         )
-        paired = PairedFeed(feed, trainer.engine, ranks, num_steps)
+        timed = Parts(trainer)
+        paired = PairedFeed(feed, trainer.engine, ranks, num_steps, num_pairs + 1, timed)
         trainer.feed = paired  # type: ignore[assignment]
         gc.collect()
         trainer.run()
         paired.close()
     if ranks.is_main:
         # the first pair warms up
-        output.write_text(json.dumps({"pairs": paired.pairs[1:]}))
+        found = {"pairs": paired.pairs[1:], "parts": timed.microseconds(), "thread": 1e6 * pool.thread_seconds()}
+        output.write_text(json.dumps(found))
     shut_down()
 
 

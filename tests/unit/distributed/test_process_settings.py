@@ -135,3 +135,22 @@ def test_a_taken_port_is_one_clear_error():
     last = ended.stderr.strip().splitlines()[-1]
     assert f"127.0.0.1:{port} is taken by another program" in last
     assert "--master_port" in last
+
+
+def test_one_process_of_torchrun_finds_the_store_of_its_agent(tmp_path):
+    """Its port is no matter of ours: torch waited for a store at another one until the time-out."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import os\n"
+        "from datetime import timedelta\n"
+        "from vlm_dist.distributed.environment import resolve_topology\n"
+        "from vlm_dist.distributed.group import init_process_groups, shut_down\n"
+        "ranks = init_process_groups(resolve_topology(os.environ), timedelta(seconds=20))\n"
+        "print('met', ranks.world_size)\n"
+        "shut_down()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "met 1" in ended.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +17,7 @@ from vlm_dist.estimate.advice import advise
 from vlm_dist.estimate.estimate import Estimate, estimate, machine_of
 from vlm_dist.estimate.memory import GIB, Ranks, Variant, held
 from vlm_dist.estimate.model import Weights
-from vlm_dist.estimate.time import link_rate, step_time
+from vlm_dist.estimate.time import StepTime, link_rate, step_time
 from vlm_dist.model.flops import Flops
 
 WEIGHTS = Weights(1_000_000_000, 10_000_000, 2e9, 2, 1_000_000, 2_000_000, {})
@@ -105,6 +106,51 @@ def test_more_memory_is_used_for_speed(tmp_path: Path, monkeypatch: pytest.Monke
     advice = advise(made(run, "train.per_device_train_batch_size=1", memory=141))
     assert "without gradient checkpointing fits too" in advice.text
     assert advice.settings == ("train.gradient_checkpointing=false",)
+
+
+def timed(found: Estimate, seconds: dict[Variant, float], fitting: set[Variant]) -> Estimate:
+    """The same estimate with other times; what is not named takes ten times as long as anything that is."""
+    longest = 10 * max(seconds.values())
+    rows = [
+        replace(row, fits=row.variant in fitting, time=StepTime(seconds.get(row.variant, longest), 0.0))
+        for row in found.rows
+    ]
+    return replace(found, rows=tuple(rows))
+
+
+def test_what_is_said_of_faster_ways_is_what_the_table_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = made(write_run(tmp_path, "Qwen2-VL-2B"), "deepspeed=ds_configs/zero3.json")
+    mine, simpler, kept = Variant(3), Variant(2), Variant(2, recomputes=False)
+    assert found.run.variant == mine
+    cases = [
+        (0.500, 0.490, True, "nothing else is faster by 3%"),
+        (0.500, 0.490, False, "nothing else is faster by 3%"),
+        (0.500, 0.450, False, "nothing else that fits is faster by 3%"),
+        (0.500, 0.450, True, "takes 10% less time"),
+        (0.0005, 0.00045, True, "what is faster gains nothing: a step computes for about a millisecond"),
+        (0.0005, 0.00045, False, "nothing else that fits is faster by 3%"),
+        (0.00102, 0.0006, True, "what is faster gains nothing"),
+        (0.0012, 0.0006, True, "takes 17% less time"),  # down to a millisecond, below which nothing is gained
+    ]
+    for own, other, other_fits, says in cases:
+        fitting = {mine, simpler, kept} if other_fits else {mine, simpler}
+        advice = advise(timed(found, {mine: own, simpler: own, kept: other}, fitting))
+        assert advice.text.startswith("The run fits as it is") and says in advice.text, (own, other, advice.text)
+        assert bool(advice.settings) == ("less time" in says)
+
+
+def test_the_offloading_of_a_file_of_ones_own_is_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It offloads the base alone: the preset that offloads the optimizer, too, is another way, though named alike."""
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path, "Qwen2-VL-2B")
+    own = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    (tmp_path / "ds_configs" / "own.json").write_text(json.dumps(own))
+    found = made(run, "deepspeed=ds_configs/own.json")
+    preset = Variant(3, True, True)
+    advice = advise(timed(found, {preset: 1.0}, {preset}))
+    assert advice.text.startswith("The run does not fit as it is. ZeRO-3 + offload")
+    assert advice.settings == ("deepspeed=ds_configs/zero3_offload.json",)
 
 
 def test_quantised_and_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
