@@ -126,6 +126,7 @@ class TextProcessing(Section):
     padding: bool = True
     truncation: bool = True
     max_length: Count = 2048  # tokens, visual tokens included
+    pad_to_multiple_of: Count | None = None  # lengths of micro-batches are rounded up to it; null: as they come
     add_generation_prompt: bool = False
 
 

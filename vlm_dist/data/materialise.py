@@ -23,7 +23,7 @@ from vlm_dist.data.encoding.fit import Fitter, MediaSizes, VisualCounter
 from vlm_dist.data.encoding.fitted import Fitted, FittingEncoder, SampleLength
 from vlm_dist.data.encoding.inside import SampleInside
 from vlm_dist.data.encoding.labels import RenderedText, Renderer, make_labels
-from vlm_dist.data.encoding.packing import PackRoom, RopePositions, pack
+from vlm_dist.data.encoding.packing import PackRoom, RopePositions, filler, pack
 from vlm_dist.data.encoding.preconditions import (
     check_columns,
     check_family,
@@ -125,6 +125,7 @@ class Materialiser:
             side="left" if for_generation else "right",
             enabled=collator_config.text_processing.padding,
             carries_loss=not (collator_config.label_masking.mask_pad_token or for_generation),
+            multiple=(None if for_generation else collator_config.text_processing.pad_to_multiple_of) or 1,
         )
         markers = find_markers(kinds, processor, family)
         if "image" in markers:
@@ -190,6 +191,7 @@ class Materialiser:
             rows = attach_dummies(examples, self._family, self._padding)
             inputs, labels = collate(rows, self._family, self._padding)
         else:
+            examples += filler(examples, self._family, self._padding)
             inputs, labels = pack(examples, self._family, self._rope_positions)
         sample_tokens = [sample.example.labels.shape[0] for sample in samples]
         pieces = labels[: len(samples)] if job.pack is None else labels[0, : sum(sample_tokens)].split(sample_tokens)

@@ -99,7 +99,9 @@ def make_shapes(config: RunConfig, layout: VisualLayout, batch: BatchArithmetic)
         num_steps = config.train.max_steps
     if sources and processor is not None:
         plan = _plan(config, sources, processor, family, batch)
-        typical, micro_batches = _typical(plan, batch.world_size, family, layout)
+        typical, micro_batches = _typical(
+            plan, batch.world_size, family, layout, config.collator.text_processing.pad_to_multiple_of or 1
+        )
         num_steps = plan.num_steps
     return Shapes(unit, largest, typical, micro_batches, num_steps, tuple(notes))
 
@@ -128,7 +130,9 @@ def _assumed(config: RunConfig, sources: list[Any], family: Family, layout: Visu
             patches = min(patches, budget.max_patches * (1 + budget.headroom))
         visual = visual_of(patches, samples, layout)
     segments = (length // samples,) * samples
-    text = TextTokens(sum(segments), length, segments, float(length) ** 2, budget is not None)
+    multiple = config.collator.text_processing.pad_to_multiple_of or 1
+    width = -(-length // multiple) * multiple
+    text = TextTokens(sum(segments), width, segments, float(width) ** 2, budget is not None)
     return BatchShape(1, samples, text, visual, length, budget is not None)
 
 
@@ -141,7 +145,9 @@ def _plan(config: RunConfig, sources: list[Any], processor: Any, family: Family,
     return make_plan(config, sources, batch, lengths, batch.world_size)
 
 
-def _typical(plan: Plan, world_size: int, family: Family, layout: VisualLayout) -> tuple[BatchShape, float]:
+def _typical(
+    plan: Plan, world_size: int, family: Family, layout: VisualLayout, multiple: int
+) -> tuple[BatchShape, float]:
     """The mean micro-batch of some steps all over the run, and how many of them a rank has in a step."""
     chosen = np.unique(np.linspace(0, plan.num_steps - 1, min(_NUM_STEPS, plan.num_steps)).astype(int))
     steps = [plan.step(int(number)) for number in chosen]
@@ -153,6 +159,7 @@ def _typical(plan: Plan, world_size: int, family: Family, layout: VisualLayout) 
         for name in ("num_samples", "tokens", "computed_tokens", "patches")
     )
     is_pack = plan.settings.pack is not None
+    computed += (multiple - 1) / 2 * (1 if is_pack else samples)  # half of what may be added to a row
     segments = (max(1, round(tokens / samples)),) * max(1, round(samples))
     squares = computed**2 if is_pack else computed**2 / samples
     visible = patches / family.patches_per_token

@@ -124,6 +124,7 @@ EXAMPLES: dict[str, str] = {
     "collator.video_processing.frame_extraction.num_frames": "16",
     "collator.video_processing.file_processing.max_duration": "60.0",
     "collator.text_processing.max_length": "4096",
+    "collator.text_processing.pad_to_multiple_of": "64",
     "collator.label_masking.ignore_index": "-1",
     "train.per_device_train_batch_size": "4",
     "train.per_device_eval_batch_size": "4",

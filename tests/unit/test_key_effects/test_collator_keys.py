@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from typing import Any
 
@@ -234,6 +235,20 @@ def test_dummies_of_a_tower_are_no_hindrance_without_padding(project: Project) -
     made = project.batch(sizes | {"collator.text_processing.padding": False}).made  # an image, and a dummy clip
     assert len(made.labels) == made.num_samples == 1
     assert len(made.inputs["video_grid_thw"]) == 1
+
+
+@shows("collator.text_processing.pad_to_multiple_of")
+def test_lengths_are_rounded_up(project: Project) -> None:
+    rows = project.rows({"question": "a", "answer": "b"}, {"question": "a b c d e f", "answer": "b"})
+    text = {"collator.data_processing": {"image_data": False, "video_data": False}, MESSAGES: user(ASKED)}
+    key = "collator.text_processing.pad_to_multiple_of"
+    length = project.batch(rows | text, samples=(0, 1)).made.labels.shape[1]
+    rounded = project.batch(rows | text | {key: 50}, samples=(0, 1)).made
+    assert rounded.labels.shape[1] == math.ceil(length / 50) * 50 != length
+    assert rounded.inputs["attention_mask"][:, length:].max() == 0
+    sizes = {"train.per_device_train_batch_size": 1, "train.per_device_eval_batch_size": 1}
+    with pytest.raises(ConfigError, match=r"pad_to_multiple_of: got a number, expected null: padding is false"):
+        project.config(rows | text | sizes | {key: 50, "collator.text_processing.padding": False})
 
 
 @shows("collator.text_processing.max_length", "collator.text_processing.truncation")

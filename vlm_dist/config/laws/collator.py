@@ -132,6 +132,10 @@ def check_processing(collator: VlmCollatorConfig, train: TrainConfig) -> Iterato
             message = f"got false, expected true: samples of different lengths need it; or set train.{key} {size} to 1"
             yield Finding(("collator", "text_processing", "padding"), message, also=(("train", key),))
             break
+    if text.pad_to_multiple_of is not None and not text.padding:
+        message = "got a number, expected null: padding is false; set that to true, or this to null"
+        path: KeyPath = ("collator", "text_processing", "pad_to_multiple_of")
+        yield Finding(path, message, also=(("collator", "text_processing", "padding"),))
     if text.add_generation_prompt:
         message = "true in training puts the start of one more answer behind each sample; usually false"
         yield Finding(("collator", "text_processing", "add_generation_prompt"), message, is_notice=True)

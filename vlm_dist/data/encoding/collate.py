@@ -13,7 +13,7 @@ from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.errors import DataError
 from vlm_dist.families import Family
 
-# Shapes: B rows, T tokens of the longest row, t tokens of one row
+# Shapes: B rows, T tokens of the longest row (or the next multiple that is asked for), t tokens of one row
 
 
 @dataclass(slots=True)
@@ -43,13 +43,19 @@ class Padding:
         token_id: of the tokenizer's pad token.
         side: "right" for training, "left" for generation.
         enabled: False refuses samples of different lengths; dummy rows are padded nevertheless.
-        carries_loss: padding is learned (`mask_pad_token: false`).
+        carries_loss: padding up to the longest row is learned (`mask_pad_token: false`).
+        multiple: of which the common length is one; what is added for that is never learned.
     """
 
     token_id: int
     side: Literal["left", "right"] = "right"
     enabled: bool = True
     carries_loss: bool = False
+    multiple: int = 1
+
+    def rounded(self, length: int) -> int:
+        """The next multiple."""
+        return -(-length // self.multiple) * self.multiple
 
 
 def attach_dummies(examples: Sequence[Example], family: Family, padding: Padding) -> list[Example]:
@@ -117,10 +123,11 @@ def collate(examples: Sequence[Example], family: Family, padding: Padding) -> tu
             f"text_processing.padding is false, but a micro-batch has samples of {min(own)} to {max(own)} tokens; "
             "set it to true"
         )
+    width = padding.rounded(longest)
     inputs: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for example in examples for key in example.tokens):
         value = padding.token_id if key == "input_ids" else family.pad_values[key]
-        rows = [_pad(tokens_of(example, key, family), longest, value, padding.side) for example in examples]
+        rows = [_pad(tokens_of(example, key, family), width, value, padding.side) for example in examples]
         inputs[key] = torch.stack(rows)
     for key in dict.fromkeys(key for example in examples for key in example.visual):
         inputs[key] = join_visual([example.visual[key] for example in examples if key in example.visual])
@@ -135,16 +142,18 @@ def collate(examples: Sequence[Example], family: Family, padding: Padding) -> tu
             for example in examples
         ]
     )
+    labels = _pad(labels, width, IGNORE_INDEX, padding.side)
     labels[:, 0] = IGNORE_INDEX
     return inputs, labels
 
 
 def _pad(row: Tensor, length: int, value: int, side: str) -> Tensor:
-    missing = length - row.shape[0]
+    """Make the last dimension so long."""
+    missing = length - row.shape[-1]
     if missing == 0:
         return row
-    filler = torch.full((missing,), value, dtype=row.dtype)
-    return torch.cat([row, filler] if side == "right" else [filler, row])
+    filler = torch.full((*row.shape[:-1], missing), value, dtype=row.dtype)
+    return torch.cat([row, filler] if side == "right" else [filler, row], dim=-1)
 
 
 def join_visual(tensors: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_dist.data.encoding.collate import Example, join_visual, tokens_of
+from vlm_dist.data.encoding.collate import Example, Padding, join_visual, tokens_of
 from vlm_dist.data.types import IGNORE_INDEX, PackBudget
 from vlm_dist.errors import ConfigError, SkipSample
 from vlm_dist.families import Family
@@ -66,6 +66,27 @@ def pack(
     inputs |= borders(examples)
     labels[inputs["cu_seq_lens"][:-1].long()] = IGNORE_INDEX
     return inputs, labels.unsqueeze(0)
+
+
+def filler(examples: Sequence[Example], family: Family, padding: Padding) -> list[Example]:
+    """What a pack lacks of the next multiple: padding that is a segment of its own, so that no sample sees it.
+
+    Args:
+        examples: the segments so far.
+        family: has the pad values.
+        padding: with the multiple.
+
+    Returns:
+        One row that is no sample, or none.
+    """
+    length = sum(example.labels.shape[0] for example in examples)
+    missing = padding.rounded(length) - length
+    if not missing:
+        return []
+    values = {**family.pad_values, "input_ids": padding.token_id}
+    tokens = {key: row.new_full((missing,), values[key]) for key, row in examples[0].tokens.items()}
+    labels = torch.full((missing,), IGNORE_INDEX, dtype=examples[0].labels.dtype)
+    return [Example(tokens, {}, labels, is_dummy=True)]
 
 
 def borders(examples: Sequence[Example]) -> dict[str, Any]:
