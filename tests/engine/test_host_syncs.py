@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.engine import tiny
 from tests.ranks import Ranks, run_ranks
 from tests.unit.test_trainer import feed, make, ranks  # noqa: F401
+from vlm_dist.model import load_rope_index
 
 pytestmark = pytest.mark.engine
 
@@ -32,8 +33,6 @@ KNOWN = {
     # on values that are on the host: no device is asked
     "vlm_dist/loss/labelled.py labelled_positions": "labels stay on the CPU until their positions are known",
     # the model's own forward, once or more for each micro-batch
-    "qwen2_vl/modeling_qwen2_vl.py get_rope_index": "positions of rows that are not packed",
-    "qwen2_vl/modeling_qwen2_vl.py get_vision_position_ids": "the same",
     "qwen2_vl/modeling_qwen2_vl.py get_placeholder_mask": "as many image tokens as features?",
     "utils/import_utils.py torch_compilable_check": "the answer to it",
     "transformers/masking_utils.py _ignore_causal_mask_sdpa": "is there no padding, so that no mask is needed?",
@@ -81,13 +80,19 @@ def noted() -> Iterator[list[str]]:
         yield mode.places
 
 
+def numbered(directory: Path, inputs: dict[str, Any], labels: torch.Tensor) -> tiny.Batch:
+    """With the positions that workers give to one row."""
+    tokens = {key: inputs[key][0] for key in ("input_ids", "mm_token_type_ids")}
+    return inputs | {"position_ids": load_rope_index(str(directory))(tokens, inputs).unsqueeze(1)}, labels
+
+
 def steps(group: Ranks, directory: Path) -> dict[tuple[int, bool], list[str]]:
     """Of the third step at each stage, in float32 and bfloat16."""
     found = {}
     for stage in STAGES:
         for bf16 in (False, True):
             engine = tiny.make_engine(directory, tiny.ds_config(stage, group.world_size, bf16=bf16))
-            batches = [tiny.micro_batch(index) for index in range(2)]
+            batches = [numbered(directory, *tiny.micro_batch(index)) for index in range(2)]
             total = tiny.num_targets(batches)
             for _ in range(3):
                 with noted() as places:

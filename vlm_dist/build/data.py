@@ -8,6 +8,7 @@ from typing import Any
 from vlm_dist.config import DataSource, RunConfig
 from vlm_dist.config.arithmetic import BatchArithmetic, resolve_interval
 from vlm_dist.config.section import num_bytes
+from vlm_dist.data.encoding.collate import RopePositions
 from vlm_dist.data.encoding.packing import check_packing
 from vlm_dist.data.lengths import LengthModel
 from vlm_dist.data.materialise import Materialiser
@@ -147,13 +148,9 @@ def make_materialisers(
         ConfigError: columns that the messages need are missing, or the family cannot do what is asked.
     """
     towers = towers_in_use(config, [*train_sources, *eval_sources])
-    rope_positions = None
     if is_packed(config):
         check_packing(family)
-        if family.packing == "mrope":
-            loading = config.model.loading_for(config.model_id)
-            rope_positions = load_rope_index(config.model_id, loading.revision, loading.trust_remote_code)
-
+    rope_positions = make_rope_positions(config, family)
     revision = config.model.loading_for(config.model_id).revision
 
     def materialiser(sources: list[Source], for_generation: bool = False, held_out: bool = False) -> Materialiser:
@@ -177,6 +174,23 @@ def make_materialisers(
             "generate": materialiser(eval_sources, for_generation=True),
         }
     )
+
+
+def make_rope_positions(config: RunConfig, family: Family) -> RopePositions | None:
+    """What numbers tokens in the workers, for families whose positions have three parts; None: the model does.
+
+    Raises:
+        ModelError: samples are to be packed, and the model's class does not tell how it numbers them.
+    """
+    if family.packing != "mrope":
+        return None
+    loading = config.model.loading_for(config.model_id)
+    try:
+        return load_rope_index(config.model_id, loading.revision, loading.trust_remote_code)
+    except ModelError:
+        if is_packed(config):
+            raise
+        return None
 
 
 def towers_in_use(config: RunConfig, sources: list[Source]) -> frozenset[str]:

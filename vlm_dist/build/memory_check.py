@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_dist.build.data import is_packed, pack_budget, towers_in_use
+from vlm_dist.build.data import is_packed, make_rope_positions, pack_budget, towers_in_use
 from vlm_dist.config import RunConfig
 from vlm_dist.data.types import MicroBatch, Source
 from vlm_dist.data.worst_case import WorstCase
@@ -21,7 +21,6 @@ from vlm_dist.distributed.progress import Progress
 from vlm_dist.engine import Engine
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family
-from vlm_dist.model import load_rope_index
 from vlm_dist.model.compilation import compile_message, is_compile_error
 
 _GIB = 2**30
@@ -199,10 +198,7 @@ def make_worst_case(
     """
     sources = [*train_sources, *eval_sources]
     columns = tuple(dict.fromkeys(column for source in sources for column in source.columns))
-    loading = config.model.loading_for(config.model_id)
-    rope = None
-    if is_packed(config) and family.packing == "mrope":
-        rope = load_rope_index(config.model_id, loading.revision, loading.trust_remote_code)
+    rope = make_rope_positions(config, family)
     towers = towers_in_use(config, sources)
     make = WorstCase(columns, processor, family, config.collator, towers, config.train.seed, rope_positions=rope)
     return make.pack(pack_budget(config)) if is_packed(config) else make.rows(per_device)

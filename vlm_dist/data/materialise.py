@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from vlm_dist.config.vlm_collator import VlmCollatorConfig
-from vlm_dist.data.encoding.collate import Example, Padding, attach_dummies, collate
+from vlm_dist.data.encoding.collate import Example, Padding, RopePositions, attach_dummies, collate
 from vlm_dist.data.encoding.conversation import Conversation
 from vlm_dist.data.encoding.dummies import DummyRows
 from vlm_dist.data.encoding.encode import Encoder
@@ -23,7 +23,7 @@ from vlm_dist.data.encoding.fit import Fitter, MediaSizes, VisualCounter
 from vlm_dist.data.encoding.fitted import Fitted, FittingEncoder, SampleLength
 from vlm_dist.data.encoding.inside import SampleInside
 from vlm_dist.data.encoding.labels import RenderedText, Renderer, make_labels
-from vlm_dist.data.encoding.packing import PackRoom, RopePositions, filler, pack
+from vlm_dist.data.encoding.packing import PackRoom, filler, pack
 from vlm_dist.data.encoding.preconditions import (
     check_columns,
     check_family,
@@ -78,7 +78,8 @@ class Materialiser:
             all ignored.
         several_answers: a list in the column of the answer means that each of them is right: the first is what labels
             and `references` have, the others are `other_references`. Always so `for_generation`.
-        rope_positions: the model's own positions of one sample; needed for packs of families with "mrope".
+        rope_positions: the model's own positions of one row; needed for packs of families with "mrope". Prompts are
+            numbered by the model.
 
     Raises:
         ConfigError: the configuration does not fit the data or the family.
@@ -189,7 +190,8 @@ class Materialiser:
         examples += self._dummies.missing(examples)
         if job.pack is None:
             rows = attach_dummies(examples, self._family, self._padding)
-            inputs, labels = collate(rows, self._family, self._padding)
+            rope_positions = None if self._for_generation else self._rope_positions
+            inputs, labels = collate(rows, self._family, self._padding, rope_positions)
         else:
             examples += filler(examples, self._family, self._padding)
             inputs, labels = pack(examples, self._family, self._rope_positions)

@@ -16,7 +16,8 @@ from vlm_dist.errors import ModelError
 class RopeIndex:
     """Calls the `get_rope_index` of a model's class without a model: it reads the configuration alone. Picklable.
 
-    Used for packed rows, where the model cannot number the tokens itself: it would take the row for one sample.
+    Used for packed rows, where the model cannot number the tokens itself: it would take the row for one sample. And for
+    padded ones, where it would have to bring the sizes of pictures back from the device in the midst of a step.
 
     Args:
         config: of the model, as `AutoConfig` loads it.

@@ -69,12 +69,13 @@ class Subject:
 
         Args:
             talks: conversations.
-            **options: of `Materialiser`; `kinds` (what is read, "image" by default) and sections of the collator
-                config besides.
+            **options: of `Materialiser`; `kinds` (what is read, "image" by default), `numbers_tokens` (as in a run;
+                packs need it) and sections of the collator config besides.
         """
         kinds = frozenset(options.pop("kinds", ("image",)))
         towers = frozenset(options.pop("towers", kinds))
         packing = options.pop("packing", False)
+        numbers_tokens = options.pop("numbers_tokens", packing)
         for_generation = options.pop("for_generation", False)
         sections: dict[str, Any] = {"label_masking": ANSWERS_ALONE, **options}
         sections["data_processing"] = {f"{kind}_data": kind in kinds for kind in ("image", "video")}
@@ -88,7 +89,7 @@ class Subject:
             names = ("image", "video", "question", "answer", "context")
             source = MemorySource(list(ROWS.values()), names=names)
         sections["dataset_columns"] = columns
-        rope = load_rope_index(str(self.directory)) if packing and self.family.packing == "mrope" else None
+        rope = load_rope_index(str(self.directory)) if numbers_tokens and self.family.packing == "mrope" else None
         return Materialiser(
             [source],
             self.processor,

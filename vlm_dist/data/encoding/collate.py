@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from vlm_dist.data.types import IGNORE_INDEX
 from vlm_dist.errors import DataError
 from vlm_dist.families import Family
+
+#: Numbers the tokens of one sample as its model does: tokens [t] each, visual tensors -> int64 [3, t].
+RopePositions = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
 # Shapes: B rows, T tokens of the longest row (or the next multiple that is asked for), t tokens of one row
 
@@ -101,16 +104,21 @@ def tokens_of(example: Example, key: str, family: Family) -> Tensor:
     return torch.full_like(example.tokens["input_ids"], family.pad_values[key])
 
 
-def collate(examples: Sequence[Example], family: Family, padding: Padding) -> tuple[dict[str, Tensor], Tensor]:
+def collate(
+    examples: Sequence[Example], family: Family, padding: Padding, rope_positions: RopePositions | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     """Merge rows.
 
     Args:
         examples: at least one.
         family: has the pad values.
         padding: how rows become equally long.
+        rope_positions: the model's own of one row; None: the model numbers the tokens, for which it has to ask its
+            device how large the pictures are.
 
     Returns:
-        Inputs of the model (`input_ids [B, T]` and the like, visual tensors), and labels [B, T].
+        Inputs of the model (`input_ids [B, T]` and the like, `position_ids` [3, B, T] where they are asked for, visual
+        tensors), and labels [B, T].
 
     Raises:
         DataError: rows differ in length, but padding is off.
@@ -129,6 +137,9 @@ def collate(examples: Sequence[Example], family: Family, padding: Padding) -> tu
         value = padding.token_id if key == "input_ids" else family.pad_values[key]
         rows = [_pad(tokens_of(example, key, family), width, value, padding.side) for example in examples]
         inputs[key] = torch.stack(rows)
+    if rope_positions is not None:
+        positions = [rope_positions(example.tokens, example.visual) for example in examples]
+        inputs["position_ids"] = torch.stack([_pad(one, width, 0, padding.side) for one in positions], dim=1)
     for key in dict.fromkeys(key for example in examples for key in example.visual):
         inputs[key] = join_visual([example.visual[key] for example in examples if key in example.visual])
     labels = torch.stack(

@@ -9,22 +9,19 @@ again at 0 with each of them. They look for that only where there is neither a m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm_dist.data.encoding.collate import Example, Padding, join_visual, tokens_of
+from vlm_dist.data.encoding.collate import Example, Padding, RopePositions, join_visual, tokens_of
 from vlm_dist.data.types import IGNORE_INDEX, PackBudget
 from vlm_dist.errors import ConfigError, SkipSample
 from vlm_dist.families import Family
 
 # Shapes: T tokens of the row, t tokens of one sample, N segments
-
-#: Numbers the tokens of one sample as its model does: tokens [t] each, visual tensors -> int64 [3, t].
-RopePositions = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
 
 def check_packing(family: Family) -> None:
