@@ -8,6 +8,7 @@ CPU they are no operators.
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ class HostSyncs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _SYNCING or (name in _SYNCING_BY_MASK and _has_mask(args[1])):
-            self.places.append(_place())
+            self.places.append(place())
         return func(*args, **(kwargs or {}))
 
 
@@ -64,11 +65,11 @@ def _has_mask(indices: Sequence[Any]) -> bool:
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
-def _place() -> str:
-    """The innermost function that is neither torch's nor this file's."""
+def place(own: str = __file__) -> str:
+    """The innermost function that is neither torch's nor in the file of the test."""
     for frame in reversed(traceback.extract_stack(limit=60)):
         path = Path(frame.filename)
-        if "torch" not in path.parts and path != Path(__file__):
+        if "torch" not in path.parts and path not in (Path(__file__), Path(own), Path(warnings.__file__)):
             start = path.parts.index("vlm_dist") if "vlm_dist" in path.parts else -2
             return f"{'/'.join(path.parts[start:])} {frame.name}"
     return "nobody"
