@@ -21,6 +21,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "llamafactory": ("default", "group_by_length", "neat_packing"),
     "ms_swift": ("default", "group_by_length", "packing"),
 }
+#: Not offered by anybody: shows how much of a difference is made by a part.
+PART: Way = ("hf_trainer", "our patch embedding")
 #: The ways that are resumed: each trainer's first, and rows that are streamed, as where they are too many for a list.
 RESUMED: tuple[Way, ...] = (
     *((trainer, settings[0]) for trainer, settings in SETTINGS.items()),
@@ -60,13 +62,14 @@ class Results:
 
     def best(self, trainer: str) -> Way | None:
         """The settings of a trainer with most tokens per second."""
-        ways = [way for way in self.runs if way[0] == trainer]
+        ways = [way for way in self.runs if way[0] == trainer and way[1] in SETTINGS[trainer]]
         return max(ways, key=lambda way: self.median(way, "tokens_per_second") or 0.0, default=None)
 
 
 def ways(trainers: tuple[str, ...], *, only_default: bool = False) -> list[Way]:
     """Ways of these trainers, ours first."""
-    return [(name, one) for name in trainers for one in SETTINGS[name][: 1 if only_default else None]]
+    offered = [(name, one) for name in trainers for one in SETTINGS[name][: 1 if only_default else None]]
+    return offered + ([PART] if PART[0] in trainers and not only_default else [])
 
 
 def run_rounds(job: Job, asked: list[Way], rounds: int, deadline_seconds: float, folder: Path) -> Iterator[Results]:

@@ -27,7 +27,9 @@ def page(found: Mapping[str, Results], resumed: Resumptions, report: Report, rou
         f"divided by {SCALE}. Every trainer runs in an environment of its own, as its documents have it (default), and",
         f"with what it offers for samples of many lengths. Runs take turns, {rounds} rounds; medians. Tokens are real",
         "ones, context and target, without padding, counted from what the model is given; the first",
-        f"{WARM_STEPS} steps do not count, nor does the one behind a checkpoint.",
+        f"{WARM_STEPS} steps do not count, nor does the one behind a checkpoint. Stall: from the end of the step",
+        "before a checkpoint until training may go on. *Our patch embedding* is offered by nobody: Trainer with the",
+        "patch embedding as a matrix product, which on a CPU is a part of the difference.",
         "",
     ]
     for name, results in found.items():

@@ -43,7 +43,7 @@ class Run:
         import_seconds: from the start of the processes to the end of their imports.
         first_step_seconds: from there to the end of the first step.
         first_loss: mean of the ranks.
-        save_seconds: what the step with the checkpoint took beyond the others.
+        save_seconds: how long training stood still for the checkpoint.
         checkpoint_bytes: of the checkpoint.
         peak_mib: resident memory of all processes, shared pages counted once.
     """
@@ -224,7 +224,7 @@ def _read(job: Job, started: float, peak: float) -> Run:
     saved_in = job.save_at + 1 if job.save_at else None
     counted = {number: seconds for number, seconds in spans.items() if number != saved_in}
     tokens = sum(clock[number]["tokens"] for clock in by_rank for number in counted)
-    median = statistics.median(counted.values())
+    saved = next((line["time"] for line in main if line["event"] == "saved" and line["step"] == job.save_at), None)
     return Run(
         tokens_per_second=tokens / sum(counted.values()),
         step_seconds=tuple(counted.values()),
@@ -232,7 +232,7 @@ def _read(job: Job, started: float, peak: float) -> Run:
         import_seconds=imported - started,
         first_step_seconds=steps[0]["time"] - imported,
         first_loss=statistics.mean(clock[numbers[0]]["loss"] for clock in by_rank),
-        save_seconds=None if saved_in not in spans else spans[saved_in] - median,
+        save_seconds=None if saved is None else saved - times[job.save_at],
         checkpoint_bytes=_checkpoint_bytes(job) if job.save_at else None,
         peak_mib=peak,
     )

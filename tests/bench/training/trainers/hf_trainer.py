@@ -12,12 +12,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from tests.bench.training.job import TARGET_PATTERN, Job
 from tests.bench.training.trainers.hugging_face_clock import common_arguments, watch
+from vlm_dist.model.patch_embedding import use_matrix_products
 
 #: Settings -> what they add.
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "batch_rebalance": {"train_sampling_strategy": "batch_rebalance"},
+    "our patch embedding": {},
     "streaming": {"accelerator_config": {"dispatch_batches": False, "split_batches": False}},
 }
 
@@ -60,6 +62,8 @@ def main() -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     model = AutoModelForImageTextToText.from_pretrained(job.model, dtype=torch.float32)
+    if job.settings == "our patch embedding":
+        use_matrix_products(model)
     config = LoraConfig(r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=TARGET_PATTERN)
     samples = job.samples_file(lambda row: {**row, "length": row["tokens"]})
     trainer = Trainer(
