@@ -18,7 +18,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     OURS: ("packing", "group_by_length"),
     "hf_trainer": ("default", "group_by_length", "batch_rebalance"),
     "trl_sft": ("default", "group_by_length", "batch_rebalance"),
-    "llamafactory": ("default", "group_by_length", "neat_packing"),
+    "llamafactory": ("default", "group_by_length", "batch_rebalance", "neat_packing"),
     "ms_swift": ("default", "group_by_length", "packing"),
 }
 #: Not offered by anybody: shows how much of a difference is made by a part.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -26,6 +27,7 @@ OURS = "ours"
 NUM_RANKS = 2
 #: Steps before the first that counts: buffers are made, caches filled.
 WARM_STEPS = 3
+_RAISED = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception): .+)")
 
 
 class RunError(Exception):
@@ -201,10 +203,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(code: int, log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """What a person would look for: our own message, what a rank raised, or else the first line with an error."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("error: ")]
-    errors = told or [line for line in lines if "Error" in line and not line.startswith(("[rank", "torch.distr"))]
-    return f"exit code {code}: {(errors or lines or [''])[0].strip()[:300]}"
+    raised = [found[1] for line in lines if (found := _RAISED.match(line)) and "ChildFailed" not in line]
+    errors = told or raised or [line for line in lines if "Error" in line and not line.startswith("torch.distr")]
+    return f"exit code {code}: {(errors or lines or [''])[0][:300]}"
 
 
 def _read(job: Job, started: float, peak: float) -> Run:

@@ -14,7 +14,8 @@ from tests.bench.training.trainers.hugging_face_clock import common_arguments, w
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "group_by_length": {"group_by_length": True},
+    "group_by_length": {"train_sampling_strategy": "group_by_length"},
+    "batch_rebalance": {"train_sampling_strategy": "batch_rebalance"},
     "neat_packing": {"neat_packing": True, "packing": True},
 }
 
