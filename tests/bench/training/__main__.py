@@ -114,7 +114,7 @@ def _report_resumed(report: Report, resumed: Resumptions) -> None:
     for way, one in resumed.found.items():
         if ours is not None and way[0] != OURS:
             report.add(
-                f"resume/packing beside {' '.join(way)}",
+                f"resume/packing beside {' '.join(way)}{' (at least)' if one.is_over else ''}",
                 ours.first_step_seconds,
                 "s",
                 peer=way[0],

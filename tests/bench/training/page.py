@@ -52,7 +52,8 @@ def _resumed(resumed: Resumptions) -> list[str]:
         "|---|---|---|---|",
     ]
     for way, one in resumed.found.items():
-        cells = (TITLES[way[0]], way[1], f"{one.import_seconds:.1f} s", f"{one.first_step_seconds:.1f} s")
+        first_step = f"{'over ' if one.is_over else ''}{one.first_step_seconds:.1f} s"
+        cells = (TITLES[way[0]], way[1], f"{one.import_seconds:.1f} s", first_step)
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines += [f"* {TITLES[way[0]]}, {way[1]}: no figure: {reason}" for way, reason in resumed.reasons.items()]

@@ -34,6 +34,19 @@ class RunError(Exception):
     """A trainer did not do what it was asked to."""
 
 
+class TooLongError(RunError):
+    """A trainer was ended at its deadline.
+
+    Args:
+        started: when its processes were.
+        seconds: that it was given.
+    """
+
+    def __init__(self, started: float, seconds: float) -> None:
+        super().__init__(f"took over {seconds:.0f} s")
+        self.started = started
+
+
 @dataclass(frozen=True)
 class Run:
     """What came out of a run.
@@ -83,10 +96,12 @@ class Resumed:
     Attributes:
         import_seconds: from the start of the processes to the end of their imports.
         first_step_seconds: from there to the end of the first step.
+        is_over: there was none: it took more than that.
     """
 
     import_seconds: float
     first_step_seconds: float
+    is_over: bool = False
 
 
 def resume_job(job: Job, at: int, deadline_seconds: float, log: Path) -> Resumed:
@@ -99,7 +114,7 @@ def resume_job(job: Job, at: int, deadline_seconds: float, log: Path) -> Resumed
         log: takes what the processes print.
 
     Raises:
-        RunError: one of the two failed, or took too long.
+        RunError: one of the two failed, or the first took too long.
     """
     try:
         _train(replace(job, num_steps=1, save_at=1, pretended=at), deadline_seconds, log)
@@ -108,12 +123,18 @@ def resume_job(job: Job, at: int, deadline_seconds: float, log: Path) -> Resumed
     if job.trainer != OURS:
         _pretend(Path(job.output), at)
     again = replace(job, num_steps=at + 1, save_at=0, resumed_at=at)
-    started, _ = _train(again, deadline_seconds, log)
+    is_over = False
+    try:
+        started, _ = _train(again, deadline_seconds, log)
+    except TooLongError as error:
+        started, is_over = error.started, True
     clocks = [_lines(Path(job.output) / f"clock-{rank}.jsonl") for rank in range(NUM_RANKS)]
     first = [next((line for line in clock if line["event"] == "step"), None) for clock in clocks]
+    imported = max(line["time"] for clock in clocks for line in clock if line["event"] == "imported")
+    if is_over:
+        return Resumed(imported - started, started + deadline_seconds - imported, is_over=True)
     if any(line is None or line["step"] != at + 1 for line in first):
         raise RunError(f"{job.trainer} {job.settings}: the first step was not {at + 1}, but {first}")
-    imported = max(line["time"] for clock in clocks for line in clock if line["event"] == "imported")
     return Resumed(imported - started, max(line["time"] for line in first if line) - imported)
 
 
@@ -176,12 +197,12 @@ def _watch(process: subprocess.Popen[bytes], started: float, deadline: float) ->
     """Wait for the end; gives the peak of the memory in MiB.
 
     Raises:
-        RunError: the deadline is over.
+        TooLongError: the deadline is over.
     """
     peak = 0.0
     while process.poll() is None:
         if time.time() > deadline:
-            raise RunError(f"took over {deadline - started:.0f} s")
+            raise TooLongError(started, deadline - started)
         total = 0
         with suppress(psutil.Error):
             for one in psutil.Process(process.pid).children(recursive=True):

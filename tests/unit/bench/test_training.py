@@ -16,7 +16,7 @@ from tests.bench.training.__main__ import _report
 from tests.bench.training.figures import Resumptions, run_rounds, ways
 from tests.bench.training.job import Clock, Job
 from tests.bench.training.page import page
-from tests.bench.training.runs import Resumed, Run, RunError, _read, resume_job, run_job
+from tests.bench.training.runs import Resumed, Run, RunError, TooLongError, _read, resume_job, run_job
 from tests.bench.training.samples import MIX, _sizes, make_model
 from tests.bench.training.trainers.ours import run_file
 from vlm_dist.config import load_run
@@ -107,9 +107,11 @@ def test_what_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monk
     default = compared["mix/packing beside hf_trainer, default (default)"]
     best = compared["mix/packing beside hf_trainer, best (group_by_length)"]
     assert default.ratio == 4.0 and default.is_met and best.ratio == pytest.approx(4 / 3) and best.is_met
-    resumed = Resumptions({("ours", "packing"): Resumed(1.0, 2.0)}, {("hf_trainer", "streaming"): "over 150 s"})
+    found = {("ours", "packing"): Resumed(1.0, 2.0), ("hf_trainer", "streaming"): Resumed(5.0, 90.0, is_over=True)}
+    resumed = Resumptions(found, {("llamafactory", "default"): "the first start: took over 150 s"})
     text = page({"mix": results}, resumed, report, 2)
-    assert "| vlm-dist | packing | 1.0 s | 2.0 s |" in text and "streaming: no figure: over 150 s" in text
+    assert "| vlm-dist | packing | 1.0 s | 2.0 s |" in text and "| streaming | 5.0 s | over 90.0 s |" in text
+    assert "default: no figure: the first start: took over 150 s" in text
     assert "batch_rebalance: not measured: no" in text and "1.33 times (aim 1.15): met" in text
 
 
@@ -134,6 +136,17 @@ def test_a_resumption_is_a_checkpoint_made_later_and_a_run_that_goes_on(
     found = resume_job(job(tmp_path, trainer="hf_trainer"), 30, 9.0, tmp_path / "log")
     assert found == Resumed(5.0, 8.0)
     assert [(one.num_steps, one.save_at, one.resumed_at) for one in asked] == [(1, 1, 0), (31, 0, 30)]
+
+    def hang(one: Job, deadline_seconds: float, log: Path) -> tuple[float, float]:
+        if not one.resumed_at:
+            return 0.0, 0.0
+        write_clock(tmp_path / "out", 0, {}, tokens=1)
+        write_clock(tmp_path / "out", 1, {}, tokens=1)
+        raise TooLongError(100.0, deadline_seconds)
+
+    monkeypatch.setattr(runs, "_train", hang)
+    again = resume_job(job(tmp_path), 30, 9.0, tmp_path / "log")
+    assert again == Resumed(5.0, 4.0, is_over=True)
     state = json.loads((tmp_path / "out" / "run" / "checkpoint-30" / "trainer_state.json").read_text())
     assert state == {"global_step": 30, "epoch": 0.6, "max_steps": 1}
 

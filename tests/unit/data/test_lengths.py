@@ -343,6 +343,7 @@ def test_the_fingerprint_changes_with_whatever_changes_the_counts(processor: Any
     assert len({base, *others}) == len(others) + 1
     assert of(build_processor(shape)) == base
     assert of(label_masking={"ignore_index": -7}) == base
+    assert of(text_processing={"pad_to_multiple_of": 64}) == base
     used = build_processor(shape)
     used.tokenizer(["one", "one two"], truncation=True, max_length=1, padding="max_length")
     assert of(used) == base

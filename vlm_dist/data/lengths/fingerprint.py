@@ -28,6 +28,9 @@ _SECTIONS = (
     "text_processing",
 )
 
+#: Keys in them that decide nothing of a sample.
+_BESIDE = {"pad_to_multiple_of"}
+
 _PARTS = ("image_processor", "video_processor", "feature_extractor")
 
 
@@ -54,7 +57,7 @@ def fingerprint(
         "tokenizer": [type(tokenizer).__name__, _vocabulary(tokenizer)],
         "templates": [getattr(one, "chat_template", None) for one in (processor, tokenizer)],
         "family": asdict(family),
-        "collator": {name: getattr(config, name).model_dump(mode="json") for name in _SECTIONS},
+        "collator": {name: getattr(config, name).model_dump(mode="json", exclude=_BESIDE) for name in _SECTIONS},
         "mask_input_tokens": config.label_masking.mask_input_tokens,  # decides where a text may be cut
         "renames": dict(renames or {}),
     }
